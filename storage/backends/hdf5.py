@@ -1,0 +1,311 @@
+"""A store as one HDF5 file.
+
+HDF5 has no way to survive a kill in the middle of a write, so while a dump runs its shards are small HDF5 files of
+their own in `NAME.h5.parts/`, each written aside, made durable and renamed, with the records beside them. Finalizing
+copies them into one file, which carries the digest of all its bytes in its user block. The parts go when it is there.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from storage.arrays import Array, ArraySpec
+from storage.backends.files import (
+    clear_os_errors,
+    file_digest,
+    sync_file,
+    sync_folder,
+    write_new,
+)
+from storage.backends.zarr3 import list_seal_files, seal_name
+from storage.errors import DamageError, PathError
+from storage.manifest import Manifest
+
+USER_BLOCK_BYTES = 512
+LIBVER = ("v110", "v110")  # superblock, headers and indices with checksums of their own
+GZIP_LEVEL = 1
+
+
+class Hdf5Backend:
+    """One HDF5 file when final, a folder of parts before."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.parts = path.with_name(path.name + ".parts")
+        self._manifest: Manifest | None = None
+        self._specs: dict[str, ArraySpec] = {}
+        self._file: h5py.File | None = None
+        self._seal_records: dict[str, bytes] | None = None
+
+    @property
+    def location(self) -> str:
+        """The path of the final file."""
+        return str(self.path)
+
+    def exists(self) -> bool:
+        """Whether the file or its parts are there."""
+        return self.path.exists() or self.parts.exists()
+
+    def create(self, manifest: Manifest) -> None:
+        """Make the folder of parts."""
+        if self.path.exists():
+            raise PathError(f"{self.path}: expected nothing, or a logit store, got something else; give another path")
+        if self.parts.exists() and any(not name.endswith(".partial") for name in os.listdir(self.parts)):
+            raise PathError(f"{self.parts}: expected nothing, or parts of a logit store; give another path")
+        with clear_os_errors(self.path):
+            self.parts.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.parts.parent)
+        self.attach(manifest)
+
+    def attach(self, manifest: Manifest) -> None:
+        """Take shapes and types from the manifest."""
+        self._manifest = manifest
+        self._specs = {spec.name: spec for spec in manifest.arrays}
+
+    def _final(self) -> h5py.File | None:
+        """The final file, opened once; None while there are only parts."""
+        if self._file is None and self.path.exists():
+            if self.path.is_dir() or not h5py.is_hdf5(self.path):
+                raise PathError(f"{self.path}: expected an HDF5 file, got something else; give another path")
+            try:
+                self._file = h5py.File(self.path, "r")
+            except OSError as error:
+                raise DamageError(
+                    f"{self.path}: expected an HDF5 file that opens, got {error}; take another copy"
+                ) from error
+        return self._file
+
+    def put_record(self, name: str, data: bytes) -> bool:
+        """Write a record file among the parts."""
+        if self.path.exists():
+            return False
+        with clear_os_errors(self.path):
+            return write_new(self.parts / name, data)
+
+    def get_record(self, name: str) -> bytes | None:
+        """A record of the final file, or among the parts."""
+        file = self._final()
+        if file is None:
+            try:
+                return (self.parts / name).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        try:
+            records = file.get("records")
+            if not isinstance(records, h5py.Group):
+                return None
+            if name.startswith("seals/"):
+                return self._seals(file).get(name)
+            value = records.get(name)
+            return bytes(value[()].tobytes()) if isinstance(value, h5py.Dataset) else None
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise DamageError(
+                f"{self.path}: expected a readable record {name!r}, got {error}; take another copy"
+            ) from error
+
+    def _seals(self, file: h5py.File) -> dict[str, bytes]:
+        """All seal records of the final file by name, read once."""
+        if self._seal_records is None:
+            lines = file["records/seals"][()].tobytes().splitlines()
+            self._seal_records = {seal_name(json.loads(line)["shard"]): line + b"\n" for line in lines}
+        return self._seal_records
+
+    def list_seals(self) -> list[int]:
+        """Shards that are sealed."""
+        file = self._final()
+        if file is None:
+            return list_seal_files(self.parts / "seals")
+        try:
+            return sorted(int(name[6:-5]) for name in self._seals(file))
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise DamageError(f"{self.path}: expected readable seals, got {error}; take another copy") from error
+
+    def write_shard(self, shard: int, arrays: Mapping[str, Array]) -> None:
+        """Write one part aside, make it durable and rename it."""
+        assert self._manifest is not None
+        path = self._part(shard)
+        with clear_os_errors(self.path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f"{path.name}.*.partial"):
+                left.unlink(missing_ok=True)
+            partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+            try:
+                with h5py.File(partial, "w", libver=LIBVER) as file:
+                    for name, values in arrays.items():
+                        dataset = self._create_dataset(file, self._specs[name], len(values))
+                        dataset[...] = values
+                sync_file(partial)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+            sync_folder(path.parent)
+            sync_folder(self.parts)
+
+    def _create_dataset(self, file: h5py.File, spec: ArraySpec, num_rows: int) -> h5py.Dataset:
+        assert self._manifest is not None
+        options: dict[str, Any] = {
+            "fletcher32": True,
+            "fillvalue": spec.fill_value,
+            "track_times": False,
+        }
+        if self._manifest.compressor == "zstd":  # HDF5 ships no zstd: its own gzip, after the same byte shuffle
+            options |= {
+                "compression": "gzip",
+                "compression_opts": GZIP_LEVEL,
+                "shuffle": True,
+            }
+        chunks = (min(self._manifest.chunk_rows, num_rows), *spec.row_shape)
+        shape = (num_rows, *spec.row_shape)
+        dtype = np.dtype(spec.dtype).newbyteorder("<")
+        return file.create_dataset(spec.name, shape=shape, dtype=dtype, chunks=chunks, **options)
+
+    def _part(self, shard: int) -> Path:
+        return self.parts / "shards" / f"{shard:08d}.h5"
+
+    def read(self, name: str, shard: int, start: int, stop: int, out: Array | None = None) -> Array:
+        """Rows [start, stop), HDF5 checking each chunk."""
+        values = self._read(name, shard, start, stop)
+        if out is None:
+            return values
+        out[...] = values
+        return out
+
+    def _read(self, name: str, shard: int, start: int, stop: int) -> Array:
+        assert self._manifest is not None
+        file = self._final()
+        if file is not None:
+            return self._read_from(file, name, shard, start, stop, 0)
+        first, _ = self._manifest.layout.shard_bounds(shard)
+        path = self._part(shard)
+        try:
+            with h5py.File(path, "r") as part:
+                return self._read_from(part, name, shard, start - first, stop - first, first)
+        except OSError as error:
+            raise _damage(self.path, name, shard, None, f"a part that opens, got {error}") from error
+
+    def _read_from(self, file: h5py.File, name: str, shard: int, start: int, stop: int, offset: int) -> Array:
+        spec = self._specs[name]
+        try:
+            dataset = file[name]
+            if dataset.shape[1:] != spec.row_shape or dataset.dtype != np.dtype(spec.dtype) or stop > len(dataset):
+                raise _damage(
+                    self.path,
+                    name,
+                    shard,
+                    None,
+                    "the manifest's shape and type, got another",
+                )
+            result: Array = dataset[start:stop]
+            return result
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+            chunk = self._bad_chunk(file, name, shard, offset)
+            raise _damage(self.path, name, shard, chunk, "its checksum to hold, got another") from error
+
+    def _bad_chunk(self, file: h5py.File, name: str, shard: int, offset: int) -> int | None:
+        """The first chunk of a shard that can't be read."""
+        assert self._manifest is not None
+        layout = self._manifest.layout
+        for chunk in range(layout.num_chunks(shard)):
+            start, stop = layout.chunk_bounds(shard, chunk)
+            try:
+                file[name][start - offset : stop - offset]
+            except (OSError, RuntimeError, KeyError, ValueError, TypeError):
+                return chunk
+        return None
+
+    def shard_objects(self, shard: int) -> dict[str, dict[str, Any]]:
+        """Nothing: parts go when the store is final, and the final file has one digest for all its bytes."""
+        del shard
+        return {}
+
+    def metadata_objects(self) -> dict[str, dict[str, Any]]:
+        """Nothing: parts have their metadata inside, and so has the final file."""
+        return {}
+
+    def num_bytes(self) -> int:
+        """Bytes of the file, or of all parts."""
+        if self.path.exists():
+            return self.path.stat().st_size
+        return sum(Path(folder, name).stat().st_size for folder, _, files in os.walk(self.parts) for name in files)
+
+    def seal_writing(self, records: Mapping[str, bytes]) -> None:
+        """Copy all sealed parts into one file, put its digest into the user block, rename it, remove the parts."""
+        if not self.path.exists():
+            with clear_os_errors(self.path):
+                self._pack(records)
+        if self.parts.exists():  # also those that a kill between the rename and here left
+            shutil.rmtree(self.parts)
+
+    def _pack(self, records: Mapping[str, bytes]) -> None:
+        assert self._manifest is not None
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        shards = list_seal_files(self.parts / "seals")
+        try:
+            with h5py.File(partial, "w", libver=LIBVER, userblock_size=USER_BLOCK_BYTES) as file:
+                for spec in self._specs.values():
+                    self._create_dataset(file, spec, self._manifest.num_rows)
+                for shard in shards:
+                    start, stop = self._manifest.layout.shard_bounds(shard)
+                    for name in self._specs:
+                        file[name][start:stop] = self.read(name, shard, start, stop)
+                seals = b"".join((self.parts / seal_name(shard)).read_bytes() for shard in shards)
+                manifest = (self.parts / "manifest.json").read_bytes()
+                for name, data in {
+                    "manifest.json": manifest,
+                    **records,
+                    "seals": seals,
+                }.items():
+                    _create_record(file, name, data)
+            with partial.open("r+b") as raw:
+                raw.write(_user_block(file_digest(partial, USER_BLOCK_BYTES)))
+            sync_file(partial)
+            partial.replace(self.path)
+            sync_folder(self.path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def check_final(self) -> None:
+        """Check the whole file against the digest in its user block."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            block = file.read(USER_BLOCK_BYTES)
+        if block != _user_block(file_digest(self.path, USER_BLOCK_BYTES)):
+            raise DamageError(
+                f"{self.path}: expected the digest of the whole file to hold, got another; take another copy of the store"
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _create_record(file: h5py.File, name: str, data: bytes) -> None:
+    values = np.frombuffer(data, np.uint8)
+    options: dict[str, Any] = {"fletcher32": True, "chunks": (min(len(values), 1 << 20),)} if len(values) else {}
+    file.create_dataset(f"records/{name}", data=values, track_times=False, **options)
+
+
+def _user_block(digest: Mapping[str, Any]) -> bytes:
+    """One JSON line, padded with zeros to the user block's size."""
+    line = json.dumps({"format": "logit-store", "user_block": USER_BLOCK_BYTES, **digest}) + "\n"
+    return line.encode().ljust(USER_BLOCK_BYTES, b"\0")
+
+
+def _damage(path: Path, name: str, shard: int, chunk: int | None, what: str) -> DamageError:
+    place = f"array {name!r}, shard {shard}" + ("" if chunk is None else f", chunk {chunk}")
+    return DamageError(
+        f"{path}: {place}: expected {what}; take another copy of the store, or dump this shard again",
+        shard=shard,
+        array=name,
+        chunk=chunk,
+    )

@@ -1,0 +1,353 @@
+"""A store as a Zarr v3 group on a local disk: a sharded array for each thing kept.
+
+Writing goes through zarr-python. Reading a run of chunks goes around it: the shard's index is parsed and the chunks are
+read straight into the result, with the same checks, since zarr-python's own reading costs five times as much. A test
+holds both to the same answers.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import google_crc32c
+import numcodecs.blosc
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.errors import ContainsArrayError, ContainsGroupError
+
+from storage.arrays import Array, ArraySpec
+from storage.backends.files import (
+    clear_os_errors,
+    file_digest,
+    sync_file,
+    sync_folder,
+    write_new,
+)
+from storage.errors import DamageError, PathError
+from storage.manifest import Manifest
+
+NO_CHUNK = np.iinfo(np.uint64).max
+CRC_BYTES = 4
+CACHED_BYTES = 512 << 10  # read at a time and checked before the next, while it is in the second-level cache
+MAX_PIECES = 512  # buffers of one scattered read; the kernel takes at most 1,024
+SEAL_DIGITS = 8
+
+
+def seal_name(shard: int) -> str:
+    """Name of the seal record of a shard."""
+    return f"seals/{shard:0{SEAL_DIGITS}d}.json"
+
+
+class ZarrBackend:
+    """A Zarr v3 group in a local folder, records as plain files beside the arrays."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._specs: dict[str, ArraySpec] = {}
+        self._manifest: Manifest | None = None
+        self._index = lru_cache(maxsize=256)(self._read_index)
+
+    @property
+    def location(self) -> str:
+        """The folder."""
+        return str(self.path)
+
+    def exists(self) -> bool:
+        """Whether there is anything at the path."""
+        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+
+    def create(self, manifest: Manifest) -> None:
+        """Write the group's and the arrays' metadata."""
+        if self.exists() and not self._only_metadata():
+            raise PathError(
+                f"{self.path}: expected nothing, or a logit store, got something else; give --out another path"
+            )
+        with clear_os_errors(self.path):
+            if self.path.is_dir():
+                shutil.rmtree(self.path)  # arrays without a manifest: a creation that was cut off
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                group = zarr.create_group(self.path, zarr_format=3)
+                for spec in manifest.arrays:
+                    self._create_array(group, spec, manifest)
+            except (ContainsGroupError, ContainsArrayError, FileExistsError) as error:
+                raise PathError(f"{self.path}: expected nothing there, got a store just created; try again") from error
+            for folder, _, files in os.walk(self.path):
+                for name in files:
+                    sync_file(Path(folder, name))
+                sync_folder(Path(folder))
+        self.attach(manifest)
+
+    def _only_metadata(self) -> bool:
+        """Whether the path holds nothing but Zarr metadata: a creation that was cut off before its manifest."""
+        if not self.path.is_dir():
+            return False
+        names = {name for _, _, files in os.walk(self.path) for name in files if not name.endswith(".partial")}
+        return names <= {"zarr.json"}
+
+    def _create_array(self, group: zarr.Group, spec: ArraySpec, manifest: Manifest) -> None:
+        codecs: list[Any] = [Crc32cCodec()]
+        if manifest.compressor == "zstd":
+            itemsize = np.dtype(spec.dtype).itemsize
+            shuffle: Literal["shuffle", "noshuffle"] = "shuffle" if itemsize > 1 else "noshuffle"
+            codecs.insert(
+                0,
+                BloscCodec(cname="zstd", clevel=3, shuffle=shuffle, typesize=itemsize),
+            )
+        group.create_array(
+            spec.name,
+            shape=(manifest.num_rows, *spec.row_shape),
+            dtype=np.dtype(spec.dtype),
+            chunks=(manifest.chunk_rows, *spec.row_shape),
+            shards=(manifest.shard_rows, *spec.row_shape),
+            compressors=codecs,
+            fill_value=spec.fill_value,
+            dimension_names=[
+                "row",
+                *(f"{spec.name}_{axis}" for axis in range(len(spec.row_shape))),
+            ],
+            config={"write_empty_chunks": True},
+        )
+
+    def attach(self, manifest: Manifest) -> None:
+        """Take shapes and types from the manifest."""
+        self._manifest = manifest
+        self._specs = {spec.name: spec for spec in manifest.arrays}
+
+    def put_record(self, name: str, data: bytes) -> bool:
+        """Write a record file durably, if there is none."""
+        with clear_os_errors(self.path):
+            return write_new(self.path / name, data)
+
+    def get_record(self, name: str) -> bytes | None:
+        """A record file's bytes, or None."""
+        try:
+            return (self.path / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def list_seals(self) -> list[int]:
+        """Shards that have a seal file."""
+        return list_seal_files(self.path / "seals")
+
+    def write_shard(self, shard: int, arrays: Mapping[str, Array]) -> None:
+        """Write the shard through zarr-python, then make its files durable."""
+        assert self._manifest is not None
+        start, stop = self._manifest.layout.shard_bounds(shard)
+        with clear_os_errors(self.path):
+            group = zarr.open_group(self.path, mode="r+", zarr_format=3, use_consolidated=False)
+            for name, values in arrays.items():
+                self._remove_partials(name, shard)
+                array = group[name]
+                assert isinstance(array, zarr.Array)
+                array.with_config({"write_empty_chunks": True})[start:stop] = values
+                path = self._shard_path(name, shard)
+                sync_file(path)
+                for folder in path.relative_to(self.path).parents:
+                    sync_folder(self.path / folder)
+
+    def _remove_partials(self, name: str, shard: int) -> None:
+        """Remove what a killed writer of this shard left half written."""
+        path = self._shard_path(name, shard)
+        if path.parent.is_dir():
+            for partial in path.parent.glob(f"{path.name}.*.partial"):
+                partial.unlink(missing_ok=True)
+
+    def _shard_path(self, name: str, shard: int) -> Path:
+        zeros = ["0"] * len(self._specs[name].row_shape)
+        return self.path.joinpath(name, "c", str(shard), *zeros)
+
+    def read(self, name: str, shard: int, start: int, stop: int, out: Array | None = None) -> Array:
+        """Rows [start, stop), read around zarr-python, straight into the result where the chunks are not compressed."""
+        assert self._manifest is not None
+        spec, chunk_rows = self._specs[name], self._manifest.chunk_rows
+        first, _ = self._manifest.layout.shard_bounds(shard)
+        low, high = start - first, stop - first
+        if out is None:
+            out = np.empty((stop - start, *spec.row_shape), np.dtype(spec.dtype).newbyteorder("<"))
+        # whole chunks go straight into the result, the ragged ends (the store's last chunk too) through a buffer
+        whole_low, whole_high = -(-low // chunk_rows), high // chunk_rows
+        try:
+            with self._shard_path(name, shard).open("rb") as file:
+                if whole_low < whole_high:
+                    whole = out[whole_low * chunk_rows - low : whole_high * chunk_rows - low]
+                    self._read_chunks(file.fileno(), name, shard, whole_low, whole.reshape(whole_high - whole_low, -1))
+                for chunk in {low // chunk_rows, (high - 1) // chunk_rows} - set(range(whole_low, whole_high)):
+                    buffer = np.empty((chunk_rows, *spec.row_shape), out.dtype)
+                    self._read_chunks(file.fileno(), name, shard, chunk, buffer.reshape(1, -1))
+                    begin, end = max(low, chunk * chunk_rows), min(high, (chunk + 1) * chunk_rows)
+                    out[begin - low : end - low] = buffer[begin - chunk * chunk_rows : end - chunk * chunk_rows]
+        except FileNotFoundError:
+            raise _damage(self.path, name, shard, None, "its object, got none") from None
+        return out
+
+    def _read_chunks(self, descriptor: int, name: str, shard: int, low: int, values: Array) -> None:
+        """Fill `values` (chunks, values of a chunk) with chunks low, low + 1, ... of a shard."""
+        assert self._manifest is not None
+        rows = values.view(np.uint8)
+        status = os.fstat(descriptor)
+        index = self._index(name, shard, status.st_size, status.st_mtime_ns)[low : low + len(rows)]
+        for absent in np.flatnonzero(index[:, 0] == NO_CHUNK):
+            raise _damage(self.path, name, shard, low + int(absent), "a chunk, got none")
+        if self._manifest.compressor == "none":
+            self._read_plain(descriptor, name, shard, low, rows, index)
+            return
+        for position, (offset, length) in enumerate(index.tolist()):
+            data = os.pread(descriptor, length, offset)
+            payload = self._checked(np.frombuffer(data, np.uint8), name, shard, low + position, length)
+            self._decompress(payload, rows[position], name, shard, low + position)
+
+    def _decompress(self, payload: Array, row: Array, name: str, shard: int, chunk: int) -> None:
+        """Decompress a chunk into its place; its header must claim just as many bytes as the place has."""
+        claimed = int(payload[4:8].view("<u4")[0]) if len(payload) >= 16 else -1
+        if claimed != len(row):
+            raise _damage(self.path, name, shard, chunk, f"{len(row)} bytes compressed, got {claimed}")
+        try:
+            numcodecs.blosc.decompress(payload, row)
+        except (RuntimeError, ValueError) as error:
+            raise _damage(self.path, name, shard, chunk, f"a chunk that decompresses, got {error}") from error
+
+    def _read_plain(self, descriptor: int, name: str, shard: int, low: int, rows: Array, index: Array) -> None:
+        """Read uncompressed chunks with scattered reads, checksums apart, and check each while it is in the cache."""
+        stored_bytes = rows.shape[1] + CRC_BYTES
+        for other in np.flatnonzero(index[:, 1] != stored_bytes):
+            raise _damage(self.path, name, shard, low + int(other), f"{stored_bytes} bytes, got another length")
+        checksums = np.empty(len(rows), "<u4")
+        crc_bytes = checksums.view(np.uint8).reshape(-1, CRC_BYTES)
+        batch = min(MAX_PIECES // 2, max(1, CACHED_BYTES // stored_bytes))
+        breaks = np.flatnonzero(np.diff(index[:, 0]) != stored_bytes) + 1
+        for run in np.split(np.arange(len(rows)), breaks):
+            for begin in range(0, len(run), batch):
+                part = run[begin : begin + batch].tolist()
+                pieces = [buffer for position in part for buffer in (rows[position].data, crc_bytes[position].data)]
+                where = (self.path, name, shard, low + part[0])
+                _read_fully(descriptor, pieces, int(index[part[0], 0]), len(part) * stored_bytes, where)
+                for position in part:
+                    if google_crc32c.value(rows[position]) != checksums[position]:
+                        raise _damage(self.path, name, shard, low + position, "its checksum to hold, got another")
+
+    def _checked(self, data: Array, name: str, shard: int, chunk: int, length: int) -> Array:
+        """The bytes before a chunk's trailing crc32c, checked."""
+        if len(data) != length or length < CRC_BYTES:
+            raise _damage(self.path, name, shard, chunk, f"{length} bytes, got {len(data)}")
+        payload = data[:-CRC_BYTES]
+        if google_crc32c.value(payload) != int(data[-CRC_BYTES:].view("<u4")[0]):
+            raise _damage(self.path, name, shard, chunk, "its checksum to hold, got another")
+        return payload
+
+    def _read_index(self, name: str, shard: int, num_bytes: int, _changed_ns: int) -> Array:
+        """Offset and length of every chunk of a shard, uint64 (chunks, 2), the index's own checksum checked."""
+        assert self._manifest is not None
+        num_chunks = self._manifest.shard_rows // self._manifest.chunk_rows
+        index_bytes = num_chunks * 16 + CRC_BYTES
+        if num_bytes < index_bytes:
+            raise _damage(
+                self.path,
+                name,
+                shard,
+                None,
+                f"at least {index_bytes} bytes, got {num_bytes}",
+            )
+        with self._shard_path(name, shard).open("rb") as file:
+            data = np.frombuffer(os.pread(file.fileno(), index_bytes, num_bytes - index_bytes), np.uint8)
+        if len(data) != index_bytes or google_crc32c.value(data[:-CRC_BYTES]) != int(data[-CRC_BYTES:].view("<u4")[0]):
+            raise _damage(
+                self.path,
+                name,
+                shard,
+                None,
+                "the checksum of its chunk index to hold, got another",
+            )
+        index: Array = data[:-CRC_BYTES].view("<u8").reshape(num_chunks, 2)
+        return index
+
+    def shard_objects(self, shard: int) -> dict[str, dict[str, Any]]:
+        """Digests of a shard's files."""
+        found = {}
+        for name in sorted(self._specs):
+            path = self._shard_path(name, shard)
+            try:
+                found[path.relative_to(self.path).as_posix()] = file_digest(path)
+            except FileNotFoundError:
+                raise _damage(self.path, name, shard, None, "its object, got none") from None
+        return found
+
+    def metadata_objects(self) -> dict[str, dict[str, Any]]:
+        """Digests of the group's and the arrays' `zarr.json`."""
+        paths = [
+            self.path / "zarr.json",
+            *(self.path / name / "zarr.json" for name in sorted(self._specs)),
+        ]
+        found = {}
+        for path in paths:
+            key = path.relative_to(self.path).as_posix()
+            try:
+                found[key] = file_digest(path)
+            except FileNotFoundError:
+                raise DamageError(f"{self.path}: expected {key}, got none; take another copy of the store") from None
+        return found
+
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(Path(folder, name).stat().st_size for folder, _, files in os.walk(self.path) for name in files)
+
+    def seal_writing(self, records: Mapping[str, bytes]) -> None:
+        """Remove what killed writers left half written, then write the last records."""
+        assert self._manifest is not None
+        for partial in self.path.rglob("*.partial"):
+            partial.unlink(missing_ok=True)
+        for name, data in records.items():
+            self.put_record(name, data)
+
+    def check_final(self) -> None:
+        """Nothing: every file has a digest of its own."""
+
+    def close(self) -> None:
+        """Forget the chunk indices."""
+        self._index.cache_clear()
+
+
+def list_seal_files(folder: Path) -> list[int]:
+    """Shards that have a seal file in a folder, ascending."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
+
+
+def _read_fully(
+    descriptor: int,
+    pieces: list[memoryview],
+    offset: int,
+    expected: int,
+    where: tuple[Path, str, int, int],
+) -> None:
+    """Read `expected` bytes at `offset` into the pieces, in order."""
+    got = os.preadv(descriptor, pieces, offset)
+    while 0 < got < expected:  # a short read: go on behind it, into what is not filled yet
+        rest, skip = [], got
+        for piece in pieces:
+            if skip < len(piece):
+                rest.append(piece[skip:])
+            skip = max(0, skip - len(piece))
+        more = os.preadv(descriptor, rest, offset + got)
+        if more == 0:
+            break
+        got += more
+    if got != expected:
+        raise _damage(*where, f"{expected} bytes, got {got}")
+
+
+def _damage(path: Path, name: str, shard: int, chunk: int | None, what: str) -> DamageError:
+    place = f"array {name!r}, shard {shard}" + ("" if chunk is None else f", chunk {chunk}")
+    return DamageError(
+        f"{path}: {place}: expected {what}; take another copy of the store, or dump this shard again",
+        shard=shard,
+        array=name,
+        chunk=chunk,
+    )

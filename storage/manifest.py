@@ -1,0 +1,167 @@
+"""The manifest: what made a store, written once, before any row."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Literal, Self
+
+from storage.arrays import ArraySpec, common_arrays
+from storage.encodings import Encoding, encoding_from_json
+from storage.errors import DamageError, FormatVersionError
+from storage.layout import Layout
+
+FORMAT_NAME = "logit-store"
+FORMAT_VERSION = (1, 0)
+
+Compressor = Literal["none", "zstd"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Who made a store, from what, and how its rows are laid out.
+
+    Attributes:
+        num_rows: rows, one for each sample of the corpus, fixed for good.
+        num_classes: classes of the teacher's logits.
+        shard_rows: rows of a full shard.
+        chunk_rows: rows of a full chunk.
+        encoding: what is kept of a row.
+        temperatures: declared temperatures, ascending; statistics are stored at each.
+        teacher: `digest` (sha256), `kind`, `arch`, `precision`, `combine`, `members`.
+        corpus: `kind`, `fingerprint` (sha256 of the index), `num_samples`.
+        preprocess: how a sample becomes the teacher's input, declared and versioned.
+        class_names: names in class order, or None where they are not known.
+        has_hard_targets: whether the corpus had true classes.
+        compressor: of every chunk: `none`, or `zstd` after byte shuffle.
+        provenance: when, where and with which software it was made; not part of what the store says.
+
+    Raises:
+        ValueError: a field is out of range, or fields contradict each other.
+    """
+
+    num_rows: int
+    num_classes: int
+    shard_rows: int
+    chunk_rows: int
+    encoding: Encoding
+    temperatures: tuple[float, ...]
+    teacher: Mapping[str, Any]
+    corpus: Mapping[str, Any]
+    preprocess: Mapping[str, Any]
+    class_names: tuple[str, ...] | None
+    has_hard_targets: bool
+    compressor: Compressor
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        Layout(self.num_rows, self.shard_rows, self.chunk_rows)
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes: expected at least 1, got {self.num_classes}")
+        if not self.temperatures or any(not 0 < value < float("inf") for value in self.temperatures):
+            raise ValueError(f"temperatures: expected numbers above 0, got {list(self.temperatures)}")
+        if sorted(set(self.temperatures)) != list(self.temperatures):
+            raise ValueError(f"temperatures: expected ascending, each once, got {list(self.temperatures)}")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(
+                f"class_names: expected one for each of {self.num_classes} classes, got {len(self.class_names)}"
+            )
+        if self.compressor not in ("none", "zstd"):
+            raise ValueError(f"compressor: expected none or zstd, got {self.compressor!r}")
+        self.encoding.arrays(self.num_classes, len(self.temperatures))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How rows are cut into shards and chunks."""
+        return Layout(self.num_rows, self.shard_rows, self.chunk_rows)
+
+    @cached_property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """Every array of the store, in the order of their names."""
+        num_temperatures = len(self.temperatures)
+        specs = common_arrays(num_temperatures, self.has_hard_targets)
+        specs += self.encoding.arrays(self.num_classes, num_temperatures)
+        return tuple(sorted(specs, key=lambda spec: spec.name))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row before compression, all arrays together."""
+        return sum(spec.row_bytes for spec in self.arrays)
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as a JSON object, `format` and `format_version` first."""
+        value: dict[str, Any] = {
+            "format": FORMAT_NAME,
+            "format_version": ".".join(map(str, FORMAT_VERSION)),
+        }
+        for field in fields(self):
+            value[field.name] = getattr(self, field.name)
+        value["encoding"] = self.encoding.to_json()
+        value["temperatures"] = list(self.temperatures)
+        value["class_names"] = None if self.class_names is None else list(self.class_names)
+        for name in ("teacher", "corpus", "preprocess", "provenance"):
+            value[name] = dict(value[name])
+        return value
+
+    def identity(self) -> dict[str, Any]:
+        """What the store says, without how it is packed or who wrote it when: the manifest's part of the digest.
+
+        `chunk_rows`, `compressor` and `provenance` are left out: a copy that packs the same rows otherwise says the same.
+        """
+        value = self.to_json()
+        for name in ("provenance", "compressor", "chunk_rows"):
+            del value[name]
+        return value
+
+    def differences(self, other: Self) -> list[str]:
+        """The fields in which another manifest would change what the store holds, with both values."""
+        mine, theirs = self.to_json(), other.to_json()
+        found = []
+        for name in mine:
+            if name != "provenance" and mine[name] != theirs[name]:
+                found += _differences(name, mine[name], theirs[name])
+        return found
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """The manifest of a JSON object.
+
+        Raises:
+            FormatVersionError: a newer format version, or not a manifest of this format.
+            DamageError: a field is missing or has a value that it can't have.
+        """
+        if not isinstance(value, Mapping) or value.get("format") != FORMAT_NAME:
+            raise FormatVersionError(
+                f"manifest: expected the format {FORMAT_NAME!r}, got another; is this a logit store?"
+            )
+        version = str(value.get("format_version"))
+        try:
+            major = int(version.split(".")[0])
+        except ValueError:
+            raise DamageError(f"manifest: expected a format version, got {version!r}; take another copy") from None
+        if major > FORMAT_VERSION[0]:
+            raise FormatVersionError(
+                f"manifest: expected format version {FORMAT_VERSION[0]}.x, got {version}; install a newer release"
+            )
+        try:
+            options = {field.name: value[field.name] for field in fields(cls)}
+            options["encoding"] = encoding_from_json(options["encoding"])
+            options["temperatures"] = tuple(float(temperature) for temperature in options["temperatures"])
+            if options["class_names"] is not None:
+                options["class_names"] = tuple(str(name) for name in options["class_names"])
+            return cls(**options)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamageError(f"manifest: expected a valid {error}; take another copy of the store") from error
+
+
+def _differences(name: str, mine: Any, theirs: Any) -> list[str]:
+    """`name: mine, not theirs`, one for each key where both are objects."""
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        return [part for key in keys for part in _differences(f"{name}.{key}", mine.get(key), theirs.get(key))]
+    return [f"{name}: {_brief(mine)}, not {_brief(theirs)}"]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

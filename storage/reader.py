@@ -1,0 +1,238 @@
+"""Open a store and read rows of sealed shards."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from storage.arrays import Array
+from storage.backends import Backend, backend_for
+from storage.backends.files import clear_os_errors
+from storage.backends.zarr3 import seal_name
+from storage.errors import DamageError, NotSealedError, PathError
+from storage.layout import Layout
+from storage.manifest import Manifest
+from storage.records import (
+    FINAL,
+    MANIFEST,
+    Final,
+    QuarantineEntry,
+    Seal,
+    array_digests,
+    parse_manifest,
+    sha256,
+)
+
+
+class Store:
+    """A store that is open for reading. A context manager; opened again by its path when it is pickled.
+
+    Attributes:
+        backend: where its bytes lie.
+        manifest: what made it.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        with clear_os_errors(backend.location):
+            data = backend.get_record(MANIFEST)
+        if data is None:
+            raise PathError(self._not_a_store())
+        self.manifest: Manifest = parse_manifest(data, f"{self.path}: {MANIFEST}")
+        self.manifest_sha256 = sha256(data)
+        backend.attach(self.manifest)
+        final = backend.get_record(FINAL)
+        self.final: Final | None = None if final is None else Final.from_bytes(final, f"{self.path}: {FINAL}")
+        if self.final is not None and self.final.manifest_sha256 != self.manifest_sha256:
+            raise DamageError(f"{self.path}: expected the manifest that was finalized, got another; take another copy")
+        self._sealed = frozenset(() if self.final is None else self.final.sealed)
+
+    def _not_a_store(self) -> str:
+        if not self.backend.exists():
+            return (
+                f"{self.path}: expected a logit store, got no such path; check the path, or make one: teacherdump run"
+            )
+        return f"{self.path}: expected a logit store, got something without a manifest; give the path of a store"
+
+    @property
+    def path(self) -> str:
+        """The path that opens the store."""
+        return self.backend.location
+
+    @property
+    def layout(self) -> Layout:
+        """How rows are cut into shards and chunks."""
+        return self.manifest.layout
+
+    @property
+    def finalized(self) -> bool:
+        """Whether nothing will be written any more."""
+        return self.final is not None
+
+    @property
+    def content_digest(self) -> str | None:
+        """Identity of what the store says, or None until it is finalized."""
+        return None if self.final is None else self.final.content_digest
+
+    def sealed_shards(self) -> tuple[int, ...]:
+        """Indices of the sealed shards as of now, ascending."""
+        if self.final is not None:
+            return self.final.sealed
+        sealed = [shard for shard in self.backend.list_seals() if shard < self.layout.num_shards]
+        self._sealed = frozenset(sealed)
+        return tuple(sealed)
+
+    @property
+    def num_sealed_rows(self) -> int:
+        """Rows in sealed shards, as of now."""
+        if self.final is not None:
+            return self.final.num_sealed_rows
+        return num_rows_of(self.layout, self.sealed_shards())
+
+    def seal(self, shard: int) -> Seal:
+        """The seal of a shard, checked.
+
+        Raises:
+            NotSealedError: the shard has none.
+            DamageError: it was changed, or is of another store or shard.
+        """
+        where = f"{self.path}: {seal_name(shard)}"
+        data = self.backend.get_record(seal_name(shard))
+        if data is None:
+            if self.final is not None and shard in self._sealed:
+                raise DamageError(
+                    f"{where}: expected a seal, got none; take another copy of the store",
+                    shard=shard,
+                )
+            raise NotSealedError(f"{where}: expected a seal, got none; resume the dump with the same command")
+        try:
+            seal = Seal.from_bytes(data, where)
+        except DamageError as error:
+            raise DamageError(str(error), shard=shard) from error
+        bounds = (seal.start, seal.stop)
+        if (
+            seal.shard != shard
+            or bounds != self.layout.shard_bounds(shard)
+            or seal.manifest_sha256 != self.manifest_sha256
+        ):
+            raise DamageError(
+                f"{where}: expected the seal of this shard and store, got another's",
+                shard=shard,
+            )
+        return seal
+
+    def quarantine(self) -> list[QuarantineEntry]:
+        """Rows without targets, with their reasons, in order."""
+        return [entry for shard in self.sealed_shards() for entry in self.seal(shard).quarantine]
+
+    def read(
+        self, names: Sequence[str], start: int, stop: int, out: Mapping[str, Array] | None = None
+    ) -> dict[str, Array]:
+        """Rows [start, stop) of the named arrays, every chunk's checksum checked.
+
+        Args:
+            names: arrays to read.
+            start: first row.
+            stop: row after the last.
+            out: an array for each name to read into, C-contiguous, of the stored type and of stop - start rows.
+
+        Raises:
+            NotSealedError: some of the rows are not sealed.
+            DamageError: a checksum does not hold.
+            ValueError: rows that the store does not have, or an array that it does not keep.
+        """
+        specs = {spec.name: spec for spec in self.manifest.arrays}
+        for name in names:
+            if name not in specs:
+                raise ValueError(f"names: expected one of {', '.join(specs)}, got {name!r}")
+        pieces = list(self.layout.split(start, stop))
+        for shard, _, _ in pieces:
+            if shard not in self._sealed and shard not in self.sealed_shards():
+                first, end = self.layout.shard_bounds(shard)
+                raise NotSealedError(
+                    f"{self.path}: expected rows {first} to {end - 1} sealed, got shard {shard} without a seal; "
+                    "resume the dump with the same command, or read sealed rows only"
+                )
+        found = {}
+        for name in names:
+            spec = specs[name]
+            values = np.empty((stop - start, *spec.row_shape), spec.dtype) if out is None else out[name]
+            for shard, first, end in pieces:
+                self.backend.read(name, shard, first, end, values[first - start : end - start])
+            found[name] = values
+        return found
+
+    def check_shard(self, shard: int) -> Seal:
+        """Check a shard's objects and arrays against its seal, and give the seal.
+
+        Raises:
+            DamageError: something does not hold.
+        """
+        seal = self.seal(shard)
+        self.check_objects(seal)
+        for spec in self.manifest.arrays:
+            values = self.backend.read(spec.name, shard, seal.start, seal.stop)
+            if array_digests({spec.name: values})[spec.name] != seal.arrays.get(spec.name):
+                raise DamageError(
+                    f"{self.path}: array {spec.name!r}, shard {shard}: expected the sealed sha256 to hold, got another; "
+                    "take another copy of the store, or dump this shard again",
+                    shard=shard,
+                    array=spec.name,
+                )
+        return seal
+
+    def check_objects(self, seal: Seal) -> None:
+        """Check the digests of a shard's objects as they lie.
+
+        Raises:
+            DamageError: one does not hold.
+        """
+        objects = self.backend.shard_objects(seal.shard)
+        for key in sorted({*objects, *seal.objects}):
+            if objects.get(key) != seal.objects.get(key):
+                raise DamageError(
+                    f"{self.path}: {key}, shard {seal.shard}: expected the sealed digest to hold, got another; "
+                    "take another copy of the store, or dump this shard again",
+                    shard=seal.shard,
+                    array=key.split("/")[0],
+                )
+
+    def close(self) -> None:
+        """Give files back."""
+        self.backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return open_store, (self.path,)
+
+
+def num_rows_of(layout: Layout, shards: Sequence[int]) -> int:
+    """Rows in some shards."""
+    total = len(shards) * layout.shard_rows
+    if layout.num_shards - 1 in shards:
+        start, stop = layout.shard_bounds(layout.num_shards - 1)
+        total += stop - start - layout.shard_rows
+    return total
+
+
+def open_store(path: str | Path) -> Store:
+    """A store, open for reading.
+
+    Raises:
+        PathError: there is no store at the path.
+        FormatVersionError: it is of a newer format version.
+        DamageError: its manifest or final record was changed.
+    """
+    return Store(backend_for(path))

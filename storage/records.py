@@ -1,0 +1,194 @@
+"""The JSON records of a store: manifest, seals, final record. Each can tell whether a bit of it was changed."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from storage.arrays import Arrays
+from storage.errors import DamageError
+from storage.layout import from_ranges, to_ranges
+from storage.manifest import Manifest
+
+MANIFEST = "manifest.json"
+FINAL = "final.json"
+MAX_RECORD_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class QuarantineEntry:
+    """A row that holds no targets, and why.
+
+    Attributes:
+        row: the row in the store.
+        key: the sample's key.
+        reason: one line for a person.
+    """
+
+    row: int
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What makes a shard visible: its rows, and digests of what it says and of how it lies.
+
+    Attributes:
+        shard: index of the shard.
+        start: its first row.
+        stop: the row after its last.
+        manifest_sha256: of the bytes of the store's manifest.
+        arrays: sha256 of each array's rows, as C-order little-endian bytes.
+        objects: `num_bytes` and `xxh3_128` of each object of the shard by key; empty in HDF5.
+        quarantine: the rows without targets.
+    """
+
+    shard: int
+    start: int
+    stop: int
+    manifest_sha256: str
+    arrays: Mapping[str, str]
+    objects: Mapping[str, Mapping[str, Any]]
+    quarantine: tuple[QuarantineEntry, ...]
+
+    def to_bytes(self) -> bytes:
+        """One line of JSON, its own sha256 last."""
+        value = vars(self) | {"quarantine": [vars(entry) for entry in self.quarantine]}
+        return _signed(value)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> "Seal":
+        """The seal of a record.
+
+        Raises:
+            DamageError: a bit of it was changed.
+        """
+        value = _checked(data, where)
+        try:
+            value["quarantine"] = tuple(QuarantineEntry(**entry) for entry in value["quarantine"])
+            return cls(**value)
+        except (KeyError, TypeError) as error:
+            raise DamageError(
+                f"{where}: expected a seal record, got {error}; take another copy of the store"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Final:
+    """The final record: what the store is, once nothing is written any more.
+
+    Attributes:
+        content_digest: identity of what the store says.
+        complete: whether every row is sealed.
+        num_sealed_rows: rows in sealed shards.
+        num_quarantined: of these, rows without targets.
+        sealed: indices of the sealed shards.
+        manifest_sha256: of the bytes of the store's manifest.
+        seals_sha256: of all seal records, one after the other.
+        metadata: `num_bytes` and `xxh3_128` of each object that is neither of a shard nor a record.
+    """
+
+    content_digest: str
+    complete: bool
+    num_sealed_rows: int
+    num_quarantined: int
+    sealed: tuple[int, ...]
+    manifest_sha256: str
+    seals_sha256: str
+    metadata: Mapping[str, Mapping[str, Any]]
+
+    def to_bytes(self) -> bytes:
+        """One line of JSON, its own sha256 last; the sealed shards as half-open ranges."""
+        return _signed(vars(self) | {"sealed": to_ranges(self.sealed)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> "Final":
+        """The final record of its bytes.
+
+        Raises:
+            DamageError: a bit of it was changed.
+        """
+        value = _checked(data, where)
+        try:
+            value["sealed"] = tuple(from_ranges(value["sealed"]))
+            return cls(**value)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamageError(
+                f"{where}: expected a final record, got {error}; take another copy of the store"
+            ) from error
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys, no spaces, ASCII only: one value, one sequence of bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The manifest as it is stored: JSON that a person can read."""
+    return (json.dumps(manifest.to_json(), indent=2, allow_nan=False) + "\n").encode()
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """The manifest of stored bytes.
+
+    Raises:
+        FormatVersionError: a newer format version.
+        DamageError: not JSON, or not a manifest that can be.
+    """
+    return Manifest.from_json(_parse(data, where))
+
+
+def sha256(data: bytes) -> str:
+    """Hex sha256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def array_digests(arrays: Arrays) -> dict[str, str]:
+    """sha256 of each array's bytes: C order, little-endian."""
+    digests = {}
+    for name in sorted(arrays):
+        values = arrays[name]
+        little = values.astype(values.dtype.newbyteorder("<"), order="C", copy=False)
+        digests[name] = hashlib.sha256(little.data.cast("B") if little.size else b"").hexdigest()
+    return digests
+
+
+def content_digest(manifest: Manifest, seals: Sequence[Seal]) -> str:
+    """sha256 of what the store says: the manifest's identity, then each sealed shard's rows and array digests.
+
+    When, where, in how many runs and by how many workers it was written is not in it, nor how it is packed.
+    """
+    state = hashlib.sha256(canonical(manifest.identity()) + b"\n")
+    for seal in seals:
+        state.update(canonical({"start": seal.start, "stop": seal.stop, "arrays": dict(seal.arrays)}) + b"\n")
+    return state.hexdigest()
+
+
+def _signed(value: Mapping[str, Any]) -> bytes:
+    return canonical({**value, "record_sha256": sha256(canonical(dict(value)))}) + b"\n"
+
+
+def _checked(data: bytes, where: str) -> dict[str, Any]:
+    """The object of a signed record, whose bytes must be just those that it would be written with."""
+    value = _parse(data, where)
+    if isinstance(value, dict):
+        digest = value.pop("record_sha256", None)
+        try:
+            if digest is not None and _signed(value) == data:
+                return value
+        except (ValueError, UnicodeEncodeError):
+            pass
+    raise DamageError(f"{where}: expected its checksum to hold, got another; take another copy of the store")
+
+
+def _parse(data: bytes, where: str) -> Any:
+    if len(data) > MAX_RECORD_BYTES:
+        raise DamageError(
+            f"{where}: expected at most {MAX_RECORD_BYTES} bytes, got {len(data)}; this is no logit store"
+        )
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise DamageError(f"{where}: expected JSON, got something else; take another copy of the store") from None
