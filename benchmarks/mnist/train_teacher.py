@@ -1,6 +1,6 @@
 """Train the MNIST teacher of the founding paper: 784-1200-1200-10 with dropout and jitter of two pixels.
 
-    python benchmarks/mnist/train_teacher.py --mnist DIR --out teacher.pt --epochs 300
+    python -m benchmarks.mnist.train_teacher --mnist DIR --out teacher.pt --epochs 300
 
 Writes the weights (a plain state dict, for `--arch mlp:784-1200-1200-10`) and a JSON line of figures beside them.
 Source: Hinton, Vinyals and Dean 2015 (arXiv:1503.02531), section 3, which reports 67 test errors.
@@ -42,12 +42,15 @@ def count_errors(model: MLP, images: torch.Tensor, classes: torch.Tensor) -> int
     """How many top-1 predictions are wrong."""
     model.eval()
     with torch.inference_mode():
-        wrong = sum(int((model(x).argmax(1) != y).sum()) for x, y in zip(images.split(2000), classes.split(2000)))
+        wrong = sum(
+            int((model(x).argmax(1) != y).sum()) for x, y in zip(images.split(2000), classes.split(2000), strict=True)
+        )
     model.train()
     return wrong
 
 
 def main() -> None:
+    """Train the teacher."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mnist", type=Path, required=True, help="folder of the four IDX files")
     parser.add_argument("--out", type=Path, required=True, help="where the weights go")
