@@ -1,0 +1,29 @@
+"""Corpora: ordered, indexed sets of samples, read as numpy.
+
+`open_corpus` finds what a path holds; `default_preprocess` says how its samples become a model's input; `read_batch`
+reads rows; `verify_corpus` holds a corpus against the store that was made from it.
+"""
+
+from storage.corpus.defaults import check_preprocess, default_preprocess
+from storage.corpus.matching import check_digests, verify_corpus, verify_hard_targets
+from storage.corpus.opening import CORPUS_KINDS, open_corpus
+from storage.corpus.preprocess import Preprocess
+from storage.corpus.protocol import Corpus, SampleError
+from storage.corpus.reading import Batch, read_batch, sample_digest, sample_digests
+
+__all__ = [
+    "CORPUS_KINDS",
+    "Batch",
+    "Corpus",
+    "Preprocess",
+    "SampleError",
+    "check_digests",
+    "check_preprocess",
+    "default_preprocess",
+    "open_corpus",
+    "read_batch",
+    "sample_digest",
+    "sample_digests",
+    "verify_corpus",
+    "verify_hard_targets",
+]

@@ -1,0 +1,195 @@
+"""Find what kind of corpus a path holds, and open it."""
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from storage.corpus.arrays import open_arrays
+from storage.corpus.idx import idx_files, open_idx
+from storage.corpus.images import IMAGE_SUFFIXES, describe_files, first_image, open_images
+from storage.corpus.labels import GZIP_MAGIC, NPY_MAGIC
+from storage.corpus.protocol import Corpus
+from storage.corpus.tables import HDF5_SUFFIXES, ZARR_METADATA
+from storage.errors import CorpusError
+
+CORPUS_KINDS = ("images", "idx", "arrays")
+
+# Kinds that the design names and that this release does not read, with the suffixes that they are known by.
+LATER_KINDS = {
+    "tokens": (".bin",),
+    "text": (".txt", ".jsonl", ".json", ".csv", ".md"),
+    "webdataset": (".tar",),
+    "parquet": (".parquet",),
+}
+
+_STORE_FORMAT = "logit-store"
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def open_corpus(
+    path: str | Path, kind: str | None = None, labels: str | Path | None = None, array: str | None = None
+) -> Corpus:
+    """The corpus at a path, indexed and ready to read.
+
+    Args:
+        path: a folder of images, an IDX file or a folder with one, or a `.npy`, `.npz`, HDF5 or Zarr v3 array.
+        kind: one of `CORPUS_KINDS`; None finds it.
+        labels: a `.npy` or IDX file of hard targets, instead of those that the corpus brings.
+        array: name of the array, where the file or group holds several.
+
+    Raises:
+        CorpusError: there is nothing that can be used; the message says what to do.
+        ValueError: `array` for a corpus that has no named arrays.
+    """
+    if _URL.match(str(path)):
+        raise CorpusError(f"corpus '{path}': expected a local path, got a URL; copy it to this machine first")
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - links in the path stay as the user gave them
+    where = f"corpus '{path}'"
+    if kind is not None:
+        _check_kind(kind, where)
+    try:
+        found = _kinds_at(path, where)
+        if kind is None:
+            kind = _only_kind(found, path, where)
+        elif found and kind not in found:
+            raise CorpusError(
+                f"{where}: expected a corpus of the kind {kind}, got {' and '.join(found)}; "
+                "leave --corpus-kind out, or give another path"
+            )
+        if array is not None and kind != "arrays":
+            raise ValueError(f"array: expected a .npz, HDF5 or Zarr corpus for {array!r}, got {kind}; leave it out")
+        openers: dict[str, Callable[[], Corpus]] = {
+            "images": lambda: open_images(path, labels),
+            "idx": lambda: open_idx(path, labels),
+            "arrays": lambda: open_arrays(path, labels, array),
+        }
+        return openers[kind]()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        place = f" at '{error.filename}'" if error.filename else ""
+        raise CorpusError(
+            f"{where}: expected something that can be read, got '{reason}'{place}; mend that, or give another path"
+        ) from error
+
+
+def _check_kind(kind: str, where: str) -> None:
+    if kind in LATER_KINDS:
+        raise CorpusError(
+            f"{where}: expected a kind of this release ({', '.join(CORPUS_KINDS)}), got {kind!r}, which is not in it; "
+            "turn the corpus into one of these"
+        )
+    if kind not in CORPUS_KINDS:
+        raise CorpusError(f"{where}: expected the kind {', '.join(CORPUS_KINDS)}, got {kind!r}; choose one of them")
+
+
+def _kinds_at(path: Path, where: str) -> list[str]:
+    """The kinds that a path may hold, seen by its first bytes or names; none where it can't be told.
+
+    Raises:
+        CorpusError: nothing is there, or a logit store.
+    """
+    if not path.exists():
+        raise CorpusError(f"{where}: expected a file or folder, got nothing there; check the path")
+    _refuse_store(path, where)
+    if path.is_dir():
+        if (path / ZARR_METADATA).is_file():
+            return ["arrays"]
+        found = ["images"] if first_image(path) is not None else []
+        return [*found, "idx"] if idx_files(path) else found
+    with path.open("rb") as file:
+        magic = file.read(8)
+    if not magic:
+        raise CorpusError(f"{where}: expected a corpus, got an empty file; take another copy")
+    if magic.startswith((NPY_MAGIC, b"PK\x03\x04", _HDF5_MAGIC)):
+        return ["arrays"]
+    if path.suffix.lower() in HDF5_SUFFIXES or path.suffix.lower() in (".npy", ".npz"):
+        return ["arrays"]
+    if _looks_like_idx(path, magic):
+        return ["idx"]
+    return []
+
+
+def _looks_like_idx(path: Path, magic: bytes) -> bool:
+    if magic.startswith(GZIP_MAGIC):
+        try:
+            with gzip.open(path, "rb") as file:
+                magic = file.read(4)
+        except (EOFError, OSError, zlib.error):
+            return "idx" in path.name  # so that its own opener says what is wrong with it
+    return magic[:2] == b"\0\0" and magic[2:3] in b"\x08\x09\x0b\x0c\x0d\x0e"
+
+
+def _refuse_store(path: Path, where: str) -> None:
+    """Refuse a store of soft targets that is given as a corpus."""
+    if path.is_dir():
+        record, is_store = path / "manifest.json", False
+        if record.is_file():
+            try:
+                value = json.loads(record.read_bytes())
+                is_store = isinstance(value, dict) and value.get("format") == _STORE_FORMAT
+            except (ValueError, RecursionError):
+                is_store = False
+    else:
+        with path.open("rb") as file:
+            is_store = file.read(64).startswith(f'{{"format": "{_STORE_FORMAT}"'.encode())
+    if is_store:
+        raise CorpusError(
+            f"{where}: expected the samples, got a store of soft targets; give it as --targets, "
+            "and the corpus as --data"
+        )
+
+
+def _only_kind(found: list[str], path: Path, where: str) -> str:
+    """The one kind that was found.
+
+    Raises:
+        CorpusError: there are two, or none; the message says what is there.
+    """
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CorpusError(f"{where}: expected one kind of corpus, got {' and '.join(found)}; say which: --corpus-kind")
+    if path.is_dir():
+        raise _strange_folder(path, where)
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        raise CorpusError(f"{where}: expected a folder of images, got one image; give the folder '{path.parent}'")
+    for kind, suffixes in LATER_KINDS.items():
+        if path.suffix.lower() in suffixes:
+            raise CorpusError(
+                f"{where}: expected a kind of this release ({', '.join(CORPUS_KINDS)}), got a {path.suffix} file, "
+                f"the kind {kind}, which is not in it; turn the corpus into one of these"
+            )
+    with path.open("rb") as file:
+        start = file.read(4)
+    pickled = ", which may be a pickle" if start[:1] == b"\x80" else ""
+    raise CorpusError(
+        f"{where}: expected a folder of images, an IDX file, or a .npy, .npz, HDF5 or Zarr array, got a file that "
+        f"starts with {start.hex(' ')}{pickled}; save the samples as one of these"
+    )
+
+
+def _strange_folder(path: Path, where: str) -> CorpusError:
+    """What to say about a folder that holds neither images, nor IDX files, nor a Zarr array."""
+    names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    if (path / ".zarray").is_file() or (path / ".zgroup").is_file():
+        return CorpusError(f"{where}: expected Zarr v3, got Zarr v2; save it again with zarr-python 3")
+    arrays = [name for name in names if Path(name).suffix.lower() in (".npy", ".npz", *HDF5_SUFFIXES)]
+    zarrs = [name for name in names if (path / name / ZARR_METADATA).is_file()]
+    if arrays or zarrs:
+        several = ", ".join(repr(name) for name in (arrays + zarrs)[:4])
+        return CorpusError(
+            f"{where}: expected one array, got a folder that holds {several}; give the path of one of them"
+        )
+    later = sorted(
+        {kind for name in names for kind, suffixes in LATER_KINDS.items() if Path(name).suffix.lower() in suffixes}
+    )
+    more = f" (the kind {' or '.join(later)} is not in this release)" if later else ""
+    return CorpusError(
+        f"{where}: expected images ({', '.join(IMAGE_SUFFIXES)}), IDX files or a Zarr array, got "
+        f"{describe_files(path)}{more}; give a folder that holds samples"
+    )

@@ -1,0 +1,108 @@
+"""What a corpus is: an ordered set of samples, each with a row, a key and the bytes that it is known by."""
+
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.errors import CorpusError
+
+Array = NDArray[Any]
+SampleKind = Literal["image", "array"]
+
+
+class SampleError(CorpusError):
+    """One sample can't be read, decoded or preprocessed: its row is quarantined, the others go on."""
+
+
+class Corpus(Protocol):
+    """An ordered, indexed set of samples. It can be pickled, so that a spawned process can read it.
+
+    Attributes:
+        kind: `images`, `idx` or `arrays`.
+        path: where it is, absolute.
+        num_samples: samples in it, at least 1; row r is its r-th sample.
+        class_names: names in class order, or None where the corpus has none.
+        hard_targets: int32 (num_samples,), the true class of each sample, -1 where unknown; or None.
+        fingerprint: sha256 of what the index says (kind, keys, sizes, shapes, types), as hex. Hard targets are no part
+            of it.
+        sample_kind: `image` (decodes to uint8 HxWxC, C 1 or 3) or `array` (decodes to one row of the array).
+        num_ignored: files in the folder that are not samples.
+    """
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def class_names(self) -> tuple[str, ...] | None: ...
+    @property
+    def hard_targets(self) -> NDArray[np.int32] | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def sample_kind(self) -> SampleKind: ...
+    @property
+    def num_ignored(self) -> int: ...
+
+    def key(self, row: int) -> str:
+        """The stable name of a sample."""
+        ...
+
+    def read_raw(self, row: int) -> bytes:
+        """The bytes that a sample is known by: its digest is their xxh3-64.
+
+        Raises:
+            SampleError: this sample can't be read.
+            CorpusError: none can be read any more.
+        """
+        ...
+
+    def decode(self, raw: bytes) -> Array:
+        """The sample of some bytes: uint8 HxWxC for an image, one row for an array.
+
+        Raises:
+            SampleError: the bytes are no such sample.
+        """
+        ...
+
+
+@runtime_checkable
+class ReadsRows(Protocol):
+    """A corpus of samples of one shape, of which many are read at once."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one sample."""
+        ...
+
+    def read_rows(self, rows_N: NDArray[np.int64]) -> Array:
+        """Samples (N, ...), C order, little-endian: each as `decode(read_raw(row))` gives it.
+
+        Raises:
+            SampleError: at least one of them can't be read.
+        """
+        ...
+
+
+def check_row(row: int, num_samples: int) -> None:
+    """Refuse a row that is not in the corpus.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 0 <= row < num_samples:
+        raise ValueError(f"row: expected 0 to {num_samples - 1}, got {row}")
+
+
+def spread_rows(num_samples: int, most: int) -> list[int]:
+    """At most `most` rows, evenly spread, the first and the last among them.
+
+    Example:
+        >>> spread_rows(100, 4)
+        [0, 33, 66, 99]
+    """
+    return sorted({int(row) for row in np.linspace(0, num_samples - 1, most)})

@@ -1,0 +1,139 @@
+"""Read rows of a corpus into one array, each with its digest; what can't be read is named, not raised.
+
+Legend: N rows.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from storage.corpus.preprocess import Preprocess
+from storage.corpus.protocol import Array, Corpus, ReadsRows, SampleError
+
+# Rows that one task of the pool reads: enough to hide what a task costs, few enough to share a batch evenly.
+_TASK_ROWS = 16
+
+# Bytes that are read at once where only digests are wanted.
+_BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of a corpus as a model takes them.
+
+    Attributes:
+        rows_N: the rows, int64.
+        inputs: float32 (N, ...), zeros where a sample was refused.
+        digests_N: uint64 digest of each sample; 0 where its bytes could not be read.
+        errors: reason by position in the batch (not by row) of each sample that was refused.
+    """
+
+    rows_N: NDArray[np.int64]  # noqa: N815
+    inputs: NDArray[np.float32]
+    digests_N: NDArray[np.uint64]  # noqa: N815
+    errors: dict[int, str] = field(default_factory=dict)
+
+
+def sample_digest(raw: bytes) -> int:
+    """xxh3-64 of a sample's bytes, 1 instead of 0: in a store, 0 means that a sample could not be read.
+
+    Example:
+        >>> hex(sample_digest(b"sample"))
+        '0x6a58212247c13bb'
+    """
+    return xxhash.xxh3_64_intdigest(raw) or 1
+
+
+def read_batch(
+    corpus: Corpus, rows: Sequence[int] | NDArray[np.int64], preprocess: Preprocess, pool: Executor | None = None
+) -> Batch:
+    """Rows of a corpus, decoded and preprocessed.
+
+    Args:
+        corpus: where they are.
+        rows: any rows of it, in any order.
+        preprocess: how a sample becomes an input.
+        pool: threads that share the work where it is done a sample at a time; None does it in this thread.
+
+    Raises:
+        CorpusError: no sample can be read any more.
+        ValueError: a row that the corpus does not have.
+    """
+    rows_N = np.asarray(rows, np.int64)
+    if rows_N.ndim != 1 or (len(rows_N) and not 0 <= rows_N.min() <= rows_N.max() < corpus.num_samples):
+        raise ValueError(f"rows: expected numbers from 0 to {corpus.num_samples - 1}, got others")
+    if len(rows_N) and isinstance(corpus, ReadsRows):
+        try:
+            samples = corpus.read_rows(rows_N)
+            return Batch(rows_N, preprocess.apply_rows(samples), _row_digests(samples))
+        except SampleError:
+            pass  # one of them can't be read: find out which, a row at a time
+    return _read_singly(corpus, rows_N, preprocess, pool)
+
+
+def _read_singly(corpus: Corpus, rows_N: NDArray[np.int64], preprocess: Preprocess, pool: Executor | None) -> Batch:
+    """What `read_batch` gives, a sample at a time."""
+    batch = Batch(rows_N, np.zeros((len(rows_N), *preprocess.shape), np.float32), np.zeros(len(rows_N), np.uint64))
+
+    def read_some(start: int) -> dict[int, str]:
+        errors = {}
+        for position in range(start, min(start + _TASK_ROWS, len(rows_N))):
+            try:
+                raw = corpus.read_raw(int(rows_N[position]))
+                batch.digests_N[position] = sample_digest(raw)
+                batch.inputs[position] = preprocess.apply(corpus.decode(raw))
+            except SampleError as error:
+                errors[position] = str(error)
+        return errors
+
+    starts = range(0, len(rows_N), _TASK_ROWS)
+    for errors in map(read_some, starts) if pool is None else pool.map(read_some, starts):
+        batch.errors.update(errors)
+    return batch
+
+
+def _row_digests(samples: Array) -> NDArray[np.uint64]:
+    """Digests of samples (N, ...) in C order, little-endian."""
+    data = np.ascontiguousarray(samples).reshape(-1).view(np.uint8).data
+    step, digest = len(data) // len(samples), xxhash.xxh3_64_intdigest
+    digests = np.fromiter(
+        (digest(data[start : start + step]) for start in range(0, len(data), step)), np.uint64, len(samples)
+    )
+    digests[digests == 0] = 1
+    return digests
+
+
+def sample_digests(corpus: Corpus, start: int, stop: int, pool: Executor | None = None) -> NDArray[np.uint64]:
+    """Digests of rows [start, stop), uint64 (N,); 0 where a sample can't be read.
+
+    Raises:
+        CorpusError: no sample can be read any more.
+        ValueError: rows that the corpus does not have.
+    """
+    if not 0 <= start <= stop <= corpus.num_samples:
+        raise ValueError(f"rows: expected a range inside [0, {corpus.num_samples}), got [{start}, {stop})")
+    digests_N = np.zeros(stop - start, np.uint64)
+    block = max(1, _BLOCK_BYTES // corpus.row_bytes) if isinstance(corpus, ReadsRows) else _TASK_ROWS
+
+    def read_some(first: int) -> None:
+        rows_N = np.arange(first, min(first + block, stop))
+        if isinstance(corpus, ReadsRows):
+            try:
+                digests_N[first - start : first - start + block] = _row_digests(corpus.read_rows(rows_N))
+                return
+            except SampleError:
+                pass
+        for row in rows_N.tolist():
+            try:
+                digests_N[row - start] = sample_digest(corpus.read_raw(row))
+            except SampleError:
+                continue
+
+    starts = range(start, stop, block)
+    for _ in map(read_some, starts) if pool is None else pool.map(read_some, starts):
+        pass
+    return digests_N

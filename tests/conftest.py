@@ -1,0 +1,18 @@
+"""Fixtures that all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+DATA_VARIABLE = "LOGITSTORE_TEST_DATA"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets; a test that asks for it is skipped where it is absent."""
+    given = os.environ.get(DATA_VARIABLE)
+    folder = Path(given) if given else Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs real data, and '{folder}' is not there; set {DATA_VARIABLE} to a folder that holds it")
+    return folder
