@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=60, help="of the students of 800 units")
     parser.add_argument("--small-epochs", type=int, default=30, help="of the students of 30 and 300 units")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     args = parser.parse_args()
 
     for split, images in (("train", TRAIN_IMAGES), ("test", TEST_IMAGES)):
@@ -78,7 +78,7 @@ def main() -> None:
     ]
     errors = {student: train(student, args) for student in large + small}
     teacher = json.loads(call("logitstore", "stats", args.run / "test.zarr", "--json"))
-    figures = summary(errors, teacher["hard_targets"]["num_rows"] - teacher["hard_targets"]["num_met"], args)
+    figures = summary(errors, teacher["agreement"]["num_rows"] - teacher["agreement"]["num_agreed"], args)
     write_result("mnist", figures)
     draw(figures, RESULTS / "mnist.png")
     print(json.dumps(figures, indent=2))
@@ -86,7 +86,9 @@ def main() -> None:
 
 def train(student: Student, args: argparse.Namespace) -> int:
     """Test errors of one student, trained and evaluated by the real commands."""
-    target = ["--alpha", "0"] if student.temperature is None else ["--alpha", "1", "--temperature", student.temperature]
+    target = (
+        ["--alpha", "0"] if student.temperature is None else ["--alpha", "0.9", "--temperature", student.temperature]
+    )
     out = args.run / student.name
     call(
         "studenttrain", "fit", "--targets", args.run / "train.zarr", "--data", args.mnist / TRAIN_IMAGES,

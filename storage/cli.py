@@ -1,0 +1,195 @@
+"""`logitstore`: look at a store, check it, finalize it, pack it another way."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from storage.console import Pass, command_errors, format_bytes, format_count, progress
+from storage.errors import StoreError
+
+if TYPE_CHECKING:
+    from storage.scan import Stats, VerifyResult
+
+SHOWN_DAMAGE = 20
+SHOWN_CLASSES = 10
+SHOWN_REASONS = 10
+NAME_CHARACTERS = 24
+
+STORE = click.argument("store", type=click.Path(path_type=Path))
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+THREADS = click.option("--threads", type=click.IntRange(1), help="Threads; by default one for each core.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="logitstore", prog_name="logitstore")
+def main() -> None:
+    """Look at a store of soft targets, check it, finalize it, convert it."""
+
+
+@main.command()
+@STORE
+@JSON
+def info(store: Path, as_json: bool) -> None:
+    """Say what a store is."""
+    with command_errors():
+        from storage.info import info as describe
+        from storage.info import info_text
+
+        figures = describe(store)
+        click.echo(_json(figures) if as_json else info_text(figures))
+
+
+@main.command()
+@STORE
+@JSON
+@THREADS
+def verify(store: Path, as_json: bool, threads: int | None) -> None:
+    """Check every record, object, chunk and row of a store; exit 1 where something is damaged."""
+    with command_errors():
+        from storage.scan import verify as check
+
+        with _rows_pass(store, "checking") as bar:
+            result = check(store, num_workers=threads, progress=bar.advance)
+        click.echo(_json(result.to_json()) if as_json else _verify_text(result))
+        if not result.ok:
+            raise SystemExit(1)
+
+
+@main.command()
+@STORE
+@JSON
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw the figures: a path that ends in .png or .html.")
+@THREADS
+def stats(store: Path, as_json: bool, picture: Path | None, threads: int | None) -> None:
+    """Count what a store says: top-1 classes, entropy, kept mass, refused rows, bytes."""
+    with command_errors():
+        from storage.scan import check_picture_path, write_picture
+        from storage.scan import stats as count
+
+        if picture is not None:
+            check_picture_path(picture)
+        with _rows_pass(store, "counting") as bar:
+            figures = count(store, num_workers=threads, progress=bar.advance)
+        if picture is not None:
+            write_picture(figures, picture)
+            click.echo(f"picture: {picture}", err=True)
+        click.echo(_json(figures.to_json()) if as_json else _stats_text(figures))
+
+
+@main.command()
+@STORE
+@click.option("--partial", is_flag=True, help="Finalize at what is sealed, though rows are missing.")
+def finalize(store: Path, partial: bool) -> None:
+    """Check the sealed shards once more, then make a store read-only for good."""
+    with command_errors():
+        from storage.reader import open_store
+        from storage.writer import StoreWriter
+
+        with open_store(store) as there:
+            manifest, was_final, num_rows = there.manifest, there.finalized, there.num_sealed_rows
+        with (
+            StoreWriter.open(store, manifest) as writer,
+            progress(num_rows, "rows", "checking", quiet=was_final) as bar,
+        ):
+            digest = writer.finalize(partial=partial, progress=bar.advance)
+            missing = manifest.num_rows - writer.store.num_sealed_rows
+        said = "was finalized already" if was_final else "finalized"
+        left_out = f" ({format_count(missing)} rows are missing for good)" if missing else ""
+        click.echo(f"{store}: {said}: {format_count(num_rows)} rows{left_out}\ncontent digest {digest}")
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--compressor", type=click.Choice(["none", "zstd"]), help="Of the new store; by default as it was.")
+@THREADS
+def convert(source: Path, target: Path, compressor: Any, threads: int | None) -> None:
+    """Copy a finalized store to TARGET: Zarr, or HDF5 where it ends in .h5. Run again, it goes on where it stopped."""
+    with command_errors():
+        from storage.scan import convert as copy
+
+        with _rows_pass(source, "converting", times=2) as bar:
+            result = copy(source, target, compressor, num_workers=threads, progress=bar.advance)
+        click.echo(
+            f"{result.path}: {format_count(result.num_rows)} rows, {format_bytes(result.num_bytes)} "
+            f"({format_bytes(result.source_bytes)} before)\ncontent digest {result.content_digest}, as {source} has it"
+        )
+
+
+@contextlib.contextmanager
+def _rows_pass(path: Path, label: str, times: int = 1) -> Iterator[Pass]:
+    """A progress bar over a store's sealed rows."""
+    from storage.reader import open_store
+
+    total: int | None = None
+    with contextlib.suppress(StoreError), open_store(path) as store:  # what is wrong with it, the pass itself says
+        total = store.num_sealed_rows * times
+    with progress(total, "rows", label) as bar:
+        yield bar
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False)
+
+
+def _verify_text(result: "VerifyResult") -> str:
+    lines = [f"note: {text}" for text in result.notes] + [f"warning: {text}" for text in result.warnings]
+    lines += [f"damaged: {damage.message}" for damage in result.damage[:SHOWN_DAMAGE]]
+    if len(result.damage) > SHOWN_DAMAGE:
+        lines.append(f"... and {format_count(len(result.damage) - SHOWN_DAMAGE)} more: --json gives all")
+    missing = [f"{start} to {stop - 1}" for start, stop in result.missing_rows]
+    if missing:
+        more = f" and {len(missing) - 5} more ranges" if len(missing) > 5 else ""
+        lines.append(f"rows not sealed: {', '.join(missing[:5])}{more}")
+    if result.num_rows is not None:
+        lines.append(
+            f"{result.path}: checked {format_count(result.num_sealed_rows)} of {format_count(result.num_rows)} rows, "
+            f"{format_count(result.num_shards)} shards, {format_count(result.num_chunks)} chunks"
+        )
+    if result.ok and result.content_digest is not None:
+        lines.append(f"content digest {result.content_digest}")
+    lines.append("nothing is damaged" if result.ok else f"{format_count(len(result.damage))} found damaged")
+    return "\n".join(lines)
+
+
+def _stats_text(figures: "Stats") -> str:
+    from storage.scan import class_label
+
+    lines = [
+        f"{figures.path}: {format_count(figures.num_sealed_rows)} rows sealed of {format_count(figures.num_rows)}",
+        f"  without targets  {format_count(figures.num_refused)}",
+    ]
+    lines += [
+        f"    {format_count(item.num_rows)} x {item.reason} (row {item.row}: {item.key})"
+        for item in figures.refused[:SHOWN_REASONS]
+    ]
+    lines.append(f"  entropy          {figures.entropy.mean:.4g} nats in the mean, at T = 1")
+    lines += [
+        f"  kept at T = {kept.temperature:<4g} {100 * kept.mean:.4g} % in the mean, at least {100 * kept.p5:.4g} % "
+        f"in 95 % of rows, {100 * kept.min:.4g} % in the worst"
+        for kept in figures.kept_mass
+    ]
+    if figures.agreement is not None and figures.agreement.num_rows:
+        agreed, known = figures.agreement.num_agreed, figures.agreement.num_rows
+        share = f"{100 * agreed / known:.2f} %"
+        lines.append(f"  hard target met  {share} ({format_count(agreed)} of {format_count(known)})")
+    if figures.num_top1_ties:
+        lines.append(f"  top-1 ties       {format_count(figures.num_top1_ties)} rows, counted for the lowest class")
+    order = sorted(range(figures.num_classes), key=lambda index: -figures.top1_counts[index])
+    shown = [
+        f"{class_label(figures, i)[:NAME_CHARACTERS]} {format_count(figures.top1_counts[i])}"
+        for i in order[:SHOWN_CLASSES]
+    ]
+    more = f", and {figures.num_classes - SHOWN_CLASSES} classes more" if figures.num_classes > SHOWN_CLASSES else ""
+    lines.append(f"  top-1            {', '.join(shown)}{more}")
+    costs = sorted(figures.bytes_per_row.items(), key=lambda pair: -pair[1])
+    lines.append(f"  bytes a row      {sum(figures.bytes_per_row.values()):,.1f}: " + _costs(costs))
+    return "\n".join(lines)
+
+
+def _costs(costs: list[tuple[str, float]]) -> str:
+    return ", ".join(f"{name} {count:,.1f}" for name, count in costs)

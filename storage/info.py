@@ -1,0 +1,157 @@
+"""What a store is: figures for a program, and about ten lines for a person."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from storage.console import format_bytes, format_count
+from storage.encodings import TopK
+from storage.reader import Store, open_store
+
+SHOWN_NAMES = 6
+SHOWN_CHARACTERS = 72
+
+
+def info(path: str | Path) -> dict[str, Any]:
+    """What a store is, as a JSON object. Quick: no row is read, and no seal either once the store is finalized.
+
+    Raises:
+        PathError: there is no store at the path.
+        FormatVersionError: it is of a newer format version.
+        DamageError: a record was changed.
+    """
+    with open_store(path) as store:
+        return _info(store)
+
+
+def _info(store: Store) -> dict[str, Any]:
+    manifest, final = store.manifest, store.final
+    sealed = store.sealed_shards()
+    return {
+        "path": store.path,
+        "content_digest": store.content_digest,
+        "finalized": store.finalized,
+        "complete": len(sealed) == store.layout.num_shards,
+        "num_rows": manifest.num_rows,
+        "num_sealed_rows": store.num_sealed_rows,
+        "num_quarantined": len(store.quarantine()) if final is None else final.num_quarantined,
+        "encoding": manifest.encoding.to_json(),
+        "temperatures": list(manifest.temperatures),
+        "num_classes": manifest.num_classes,
+        "class_names": None if manifest.class_names is None else list(manifest.class_names),
+        "has_hard_targets": manifest.has_hard_targets,
+        "teacher": dict(manifest.teacher),
+        "corpus": dict(manifest.corpus),
+        "preprocess": dict(manifest.preprocess),
+        "format_version": manifest.format_version,
+        "num_bytes": store.backend.num_bytes(),
+        "compressor": manifest.compressor,
+        "num_shards": store.layout.num_shards,
+        "num_sealed_shards": len(sealed),
+        "shard_rows": manifest.shard_rows,
+        "chunk_rows": manifest.chunk_rows,
+        "provenance": dict(manifest.provenance),
+    }
+
+
+def info_text(figures: Mapping[str, Any]) -> str:
+    """What `info` gave, in about ten lines."""
+    lines = [f"{figures['path']}: a logit store, {_state(figures)}"]
+    lines += [f"  {name:<9} {text}" for name, text in _facts(figures) if text]
+    return "\n".join(lines)
+
+
+def _state(figures: Mapping[str, Any]) -> str:
+    if figures["finalized"]:
+        return "finalized" if figures["complete"] else "finalized at a part of its rows"
+    if figures["complete"]:
+        return "all rows sealed, not finalized yet"
+    return "not finished: the same teacherdump run goes on with it"
+
+
+def _facts(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "rows", _rows(figures)
+    yield "encoding", _encoding(figures)
+    yield "classes", _classes(figures)
+    teacher, corpus = figures["teacher"], figures["corpus"]
+    yield "teacher", _joined([*_plain(teacher, "digest"), _digest("sha256", teacher.get("digest"))])
+    samples = corpus.get("num_samples")
+    counted = f"{format_count(samples)} samples" if isinstance(samples, int) else ""
+    others = _plain(corpus, "fingerprint", "num_samples")
+    yield "corpus", _joined([*others, counted, _digest("fingerprint", corpus.get("fingerprint"))])
+    yield "input", _joined(_named(figures["preprocess"]))
+    layout = (
+        f"{format_count(figures['num_sealed_shards'])} of {format_count(figures['num_shards'])} shards of "
+        f"{format_count(figures['shard_rows'])} rows, chunks of {format_count(figures['chunk_rows'])}, "
+        f"compressor {figures['compressor']}, format {figures['format_version']}"
+    )
+    yield "layout", layout
+    yield "size", _size(figures)
+    yield "made", _joined(_named(figures["provenance"]))
+    yield "digest", figures["content_digest"] or "none until it is finalized"
+
+
+def _rows(figures: Mapping[str, Any]) -> str:
+    total, sealed = figures["num_rows"], figures["num_sealed_rows"]
+    text = format_count(total) if sealed == total else f"{format_count(sealed)} of {format_count(total)} sealed"
+    refused = figures["num_quarantined"]
+    return f"{text}, {format_count(refused)} of them without targets" if refused else text
+
+
+def _encoding(figures: Mapping[str, Any]) -> str:
+    options = dict(figures["encoding"])
+    name = options.pop("name")
+    values = options.pop("values")
+    kept = " ".join([name, *(f"{key}={value}" for key, value in options.items()), str(values)])
+    declared = ", ".join(f"{value:g}" for value in figures["temperatures"])
+    return f"{kept}, exact at T = {declared}" if name == TopK.name else f"{kept}, any T (statistics at {declared})"
+
+
+def _classes(figures: Mapping[str, Any]) -> str:
+    text = format_count(figures["num_classes"])
+    names = figures["class_names"]
+    if names is not None:
+        shown = names if len(names) <= SHOWN_NAMES else [*names[: SHOWN_NAMES - 2], "...", names[-1]]
+        text += ": " + _clip(", ".join(shown))
+    return f"{text}; with hard targets" if figures["has_hard_targets"] else text
+
+
+def _size(figures: Mapping[str, Any]) -> str:
+    text = format_bytes(figures["num_bytes"])
+    rows = figures["num_sealed_rows"]
+    return f"{text}, {figures['num_bytes'] / rows:,.1f} bytes a row" if rows else text
+
+
+def _plain(value: Mapping[str, Any], *but: str) -> list[str]:
+    """The scalar values of an object, without their names."""
+    found = [entry for name, entry in value.items() if name not in but]
+    return [
+        _clip(str(entry)) for entry in found if isinstance(entry, str | int | float) and not isinstance(entry, bool)
+    ]
+
+
+def _named(value: Mapping[str, Any]) -> list[str]:
+    """The values of an object that say something, with their names."""
+    pairs = [(name, entry) for name, entry in value.items() if entry is not None and not isinstance(entry, Mapping)]
+    return [f"{name} {_clip(_brief(entry))}" for name, entry in pairs if name != "version"]
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_brief, value)) + "]"
+    return str(value)
+
+
+def _digest(label: str, digest: Any) -> str:
+    return f"{label} {digest[:16]}" if isinstance(digest, str) else ""
+
+
+def _clip(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+
+
+def _joined(parts: list[str]) -> str:
+    return ", ".join(part for part in parts if part)

@@ -1,0 +1,23 @@
+"""Whole-store passes on dask's threads, shard by shard: memory depends on a shard and the cores, never on the rows."""
+
+from storage.scan.conversion import ConvertResult, convert
+from storage.scan.picture import check_picture_path, write_picture
+from storage.scan.statistics import Agreement, Entropy, KeptMass, Refused, Stats, class_label, stats
+from storage.scan.verification import Damage, VerifyResult, verify
+
+__all__ = [
+    "Agreement",
+    "ConvertResult",
+    "Damage",
+    "Entropy",
+    "KeptMass",
+    "Refused",
+    "Stats",
+    "VerifyResult",
+    "check_picture_path",
+    "class_label",
+    "convert",
+    "stats",
+    "verify",
+    "write_picture",
+]

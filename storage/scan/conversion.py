@@ -1,0 +1,142 @@
+"""Write what a store says into another place, packed another way."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from storage.backends import backend_for
+from storage.errors import DamageError, MismatchError, NotSealedError, PathError
+from storage.manifest import Compressor, Manifest
+from storage.reader import Store, open_store
+from storage.records import array_digests
+from storage.scan.passes import Progress, fold_shards, one_at_a_time
+from storage.writer import StoreWriter
+
+CONVERTED_FROM = "converted_from"
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What was converted.
+
+    Attributes:
+        path: the new store.
+        content_digest: of both stores.
+        num_rows: sealed rows of both.
+        num_bytes: of the new store.
+        source_bytes: of the old one.
+    """
+
+    path: str
+    content_digest: str
+    num_rows: int
+    num_bytes: int
+    source_bytes: int
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    compressor: Compressor | None = None,
+    *,
+    num_workers: int | None = None,
+    progress: Progress | None = None,
+) -> ConvertResult:
+    """Copy a finalized store to a path whose suffix names the backend; its content digest stays what it is.
+
+    Shard by shard, each checked against its seal on the way and again in the new store. Run again after a kill, it goes
+    on where it stopped. The manifest stays but for the compressor, and the provenance gets `converted_from` beside what
+    it has.
+
+    Args:
+        source: a finalized store.
+        target: where the new one shall be.
+        compressor: of the new store; by default that of the old one.
+        num_workers: threads, each with a shard in memory; by default one for each core.
+        progress: called with the number of rows: each row counts once when it is written, and once when it is checked.
+
+    Raises:
+        NotSealedError: the source is not finalized.
+        PathError: the target holds something else.
+        DamageError: the source is damaged.
+    """
+    with open_store(source) as store:
+        digest = store.content_digest
+        if digest is None:
+            raise NotSealedError(
+                f"{source}: expected a finalized store, got one that is not; "
+                "finish the dump, or finalize at what is sealed: logitstore finalize --partial"
+            )
+        manifest = _target_manifest(store, compressor)
+        _check_target(Path(source), Path(target), manifest)
+        advance = one_at_a_time(progress)
+        with StoreWriter.open(target, manifest) as writer:
+            _copy(store, writer, num_workers, advance)
+            written = writer.finalize(partial=True, progress=advance)
+            if written != digest:
+                raise DamageError(
+                    f"{target}: expected the content digest {digest}, got {written}; remove it, try again"
+                )
+            num_bytes = writer.store.backend.num_bytes()
+        return ConvertResult(str(target), digest, store.num_sealed_rows, num_bytes, store.backend.num_bytes())
+
+
+def _target_manifest(store: Store, compressor: Compressor | None) -> Manifest:
+    manifest = store.manifest
+    origin = {"content_digest": store.content_digest, "name": Path(store.path).name, "compressor": manifest.compressor}
+    provenance = {**manifest.provenance, CONVERTED_FROM: origin}
+    return replace(manifest, compressor=compressor or manifest.compressor, provenance=provenance)
+
+
+def _check_target(source: Path, target: Path, manifest: Manifest) -> None:
+    """Refuse a target that holds anything but the beginning, or the whole, of this conversion."""
+    inside = source.resolve()
+    if target.resolve() == inside or inside in target.resolve().parents:
+        raise PathError(f"{target}: expected a path outside {source}, got one in it; give another path")
+    backend = backend_for(target)
+    if not backend.exists():
+        return
+    try:
+        there = Store(backend)
+    except PathError:
+        return  # nothing, or arrays without a manifest: the writer takes it or refuses it
+    with there:
+        origin = there.manifest.provenance.get(CONVERTED_FROM)
+        expected = manifest.provenance[CONVERTED_FROM]["content_digest"]
+        if not isinstance(origin, dict) or origin.get("content_digest") != expected:
+            raise MismatchError(
+                f"{target}: expected nothing, or this conversion begun, got another store; give another path"
+            )
+
+
+def _copy(store: Store, writer: StoreWriter, num_workers: int | None, advance: Progress) -> None:
+    """Write the shards that the target does not have yet."""
+    sealed = store.sealed_shards()
+    owed = set(writer.owed_shards())
+    for shard in sealed:
+        if shard not in owed:
+            advance(_num_rows(store, shard))
+
+    def copy_shard(shard: int) -> int:
+        seal = store.seal(shard)
+        names = [spec.name for spec in store.manifest.arrays]
+        arrays = store.read(names, seal.start, seal.stop)
+        digests = array_digests(arrays)
+        for name in names:
+            if digests[name] != seal.arrays.get(name):
+                raise DamageError(
+                    f"{store.path}: array {name!r}, shard {shard}: expected the sealed sha256 to hold, got another; "
+                    "convert another copy of the store",
+                    shard=shard,
+                    array=name,
+                )
+        writer.write_shard(shard, arrays, seal.quarantine)
+        advance(seal.stop - seal.start)
+        return seal.stop - seal.start
+
+    fold_shards([shard for shard in sealed if shard in owed], copy_shard, int.__add__, num_workers)
+
+
+def _num_rows(store: Store, shard: int) -> int:
+    """Rows of one shard."""
+    start, stop = store.layout.shard_bounds(shard)
+    return stop - start

@@ -1,0 +1,133 @@
+"""What lies beside the arrays: metadata that must be as it was written, a lost manifest, files of something else."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from storage.backends import Backend, Hdf5Backend, ZarrBackend
+from storage.backends.files import file_digest
+from storage.backends.hdf5 import USER_BLOCK_START
+from storage.backends.zarr3 import seal_name
+from storage.errors import DamageError
+from storage.reader import Store
+from storage.records import FINAL, MANIFEST, Final, Seal, sha256
+
+SHOWN_FILES = 10
+
+
+def check_metadata(store: Store) -> Iterator[str]:
+    """What is wrong with objects that are neither of a shard nor a record: the Zarr metadata."""
+    if not isinstance(store.backend, ZarrBackend):
+        return
+    root = store.backend.path
+    expected = None if store.final is None else store.final.metadata
+    for name in ("", *(spec.name for spec in store.manifest.arrays)):
+        key = f"{name}/zarr.json".lstrip("/")
+        try:
+            digest = file_digest(root / key)
+        except OSError as error:
+            yield f"{key}: expected the Zarr metadata, got {error.strerror}; take another copy of the store"
+            continue
+        if expected is not None and expected.get(key) != digest:
+            yield f"{key}: expected the digest in the final record to hold, got another; take another copy of the store"
+            continue
+        wrong = _wrong_group(root) if not name else _wrong_array(store, name)
+        if wrong:  # also where the digest holds: a store may have been damaged before it was finalized
+            yield f"{key}: expected {wrong}; take the file from a store with the same manifest"
+
+
+def _wrong_group(root: Path) -> str:
+    """What is wrong with the group's metadata; zarr-python opens some that say nothing."""
+    try:
+        value = json.loads((root / "zarr.json").read_bytes())
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or (value.get("zarr_format"), value.get("node_type")) != (3, "group"):
+        return "the metadata of a Zarr v3 group, got something else"
+    return ""
+
+
+def _wrong_array(store: Store, name: str) -> str:
+    """What Zarr says of an array otherwise than the manifest does; empty where they agree."""
+    manifest = store.manifest
+    spec = next(spec for spec in manifest.arrays if spec.name == name)
+    try:
+        array = zarr.open_array(Path(store.path, name), mode="r", zarr_format=3)
+    except Exception as error:  # noqa: BLE001 - whatever zarr-python makes of damaged metadata
+        return f"metadata that opens, got {type(error).__name__}"
+    found = (array.shape, array.dtype, array.chunks, array.shards)
+    meant = (
+        (manifest.num_rows, *spec.row_shape),
+        np.dtype(spec.dtype),
+        (manifest.chunk_rows, *spec.row_shape),
+        (manifest.shard_rows, *spec.row_shape),
+    )
+    return "" if found == meant else f"shape, type, chunks and shards {meant}, got {found}"
+
+
+def lost_manifest(backend: Backend) -> str | None:
+    """Why something that does not open was a logit store once; None where nothing tells that it was."""
+    if isinstance(backend, Hdf5Backend) and backend.path.is_file():
+        with backend.path.open("rb") as file:
+            ours = file.read(len(USER_BLOCK_START)) == USER_BLOCK_START
+        return (
+            "expected the HDF5 file that was finalized, got another; take another copy of the store" if ours else None
+        )
+    manifest = backend.get_record(MANIFEST)
+    digest = None if manifest is None else sha256(manifest)
+    for name in (FINAL, *map(seal_name, backend.list_seals())):
+        data = backend.get_record(name)
+        if data is None:
+            continue
+        try:
+            record = Final.from_bytes(data, name) if name == FINAL else Seal.from_bytes(data, name)
+        except DamageError:
+            continue
+        if record.manifest_sha256 == digest:
+            return None  # the manifest is as it was written: it is of a newer release
+        return f"{MANIFEST}: expected the manifest that {name} names, got {'none' if digest is None else 'another'}"
+    return None
+
+
+def unexpected_files(store: Store, sealed: tuple[int, ...]) -> Iterator[str]:
+    """Files that a store does not have, and that nothing will ever read."""
+    backend = store.backend
+    if isinstance(backend, Hdf5Backend):
+        if store.finalized and backend.parts.exists():
+            yield f"{backend.parts}: left behind when the store was finalized; it may be removed"
+    elif isinstance(backend, ZarrBackend):
+        others = sorted(_others(store, backend.path, frozenset(sealed)))
+        for key in others[:SHOWN_FILES]:
+            yield f"{backend.path / key}: not a file of the store"
+        if len(others) > SHOWN_FILES:
+            yield f"{backend.path}: {len(others) - SHOWN_FILES} more files that are not the store's"
+
+
+def _others(store: Store, root: Path, sealed: frozenset[int]) -> Iterator[str]:
+    known = {MANIFEST, FINAL, "zarr.json", *(f"{spec.name}/zarr.json" for spec in store.manifest.arrays)}
+    tails = {spec.name: ["0"] * len(spec.row_shape) for spec in store.manifest.arrays}
+    for folder, _, names in os.walk(root):
+        for name in names:
+            key = Path(folder, name).relative_to(root).as_posix()
+            if key not in known and not _of_shard(store, key, tails, sealed):
+                yield key
+
+
+def _of_shard(store: Store, key: str, tails: dict[str, list[str]], sealed: frozenset[int]) -> bool:
+    """Whether a key is a shard's object or seal; in a store that is not finalized also one that is being written."""
+    writing = not store.finalized
+    if writing and key.endswith(".partial"):
+        return True
+    parts = key.split("/")
+    if parts[0] == "seals":
+        shard = parts[-1].removesuffix(".json")
+        return shard.isdigit() and key == seal_name(int(shard)) and (writing or int(shard) in sealed)
+    if parts[0] not in tails or len(parts) < 3 or not parts[2].isdigit():
+        return False
+    shard_number = int(parts[2])
+    legal = shard_number < store.layout.num_shards if writing else shard_number in sealed
+    return legal and parts[1] == "c" and parts[2] == str(shard_number) and parts[3:] == tails[parts[0]]
