@@ -1,0 +1,171 @@
+"""`teacherdump`: run a teacher over a corpus once, and store what it says of every sample."""
+
+import json
+import signal
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args
+
+import click
+
+from storage.console import (
+    command_errors,
+    parse_size,
+)
+from storage.encodings.values import ValueType
+from storage.manifest import Compressor
+from teacherdump.config import (
+    COMBINES,
+    DEFAULT_TEMPERATURES,
+    ENCODINGS,
+    PRECISIONS,
+    DumpConfig,
+    Interpolation,
+    Resize,
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="logitstore")
+def main() -> None:
+    """Run a teacher over a corpus once, and store its soft targets."""
+
+
+def _read_by(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    """What a text option means."""
+
+    def read(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        try:
+            return None if value is None else parse(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, param) from None
+
+    return read
+
+
+def _parse_pixels(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) > 0 for side in sides):
+        raise ValueError(f"expected pixels such as 224, or height x width such as 224x320, got {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
+def _parse_numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"expected numbers such as 0.485,0.456,0.406, got {text!r}") from None
+
+
+def _parse_batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ValueError(f"expected auto or a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _choice(literal: Any) -> click.Choice[str]:
+    return click.Choice(get_args(literal))
+
+
+_OPTIONS = (
+    click.option("--model", "models", multiple=True, required=True, metavar="FILE",
+                 help="torch.export program, TorchScript archive, or weights with --arch. Repeat for an ensemble."),
+    click.option("--data", required=True, metavar="PATH",
+                 help="Corpus: a folder of images, an IDX file, or a .npy, .npz, HDF5 or Zarr array."),
+    click.option("--out", required=True, metavar="PATH", help="Store: x.zarr, or x.h5 for HDF5."),
+    click.option("--arch", metavar="SPEC",
+                 help="What weights belong to: mlp:784-1200-10, cnn:3-32-64-10, timm:NAME or package.module:callable."),
+    click.option("--combine", type=click.Choice(COMBINES),
+                 help="How an ensemble speaks: the mean of probabilities (default) or of logits."),
+    click.option("--encoding", type=click.Choice(ENCODINGS), default="dense", show_default=True,
+                 help="Keep every class, or the k largest and the exact mass of the rest."),
+    click.option("--k", type=int, metavar="N", help="Entries that topk keeps."),
+    click.option("--temperature", "temperatures", type=float, multiple=True, default=DEFAULT_TEMPERATURES,
+                 show_default="1, 2, 4", metavar="T",
+                 help="Declare a temperature; repeat for more. topk is exact at these only."),
+    click.option("--values", type=_choice(ValueType), default="float16", show_default=True,
+                 help="How a logit is stored."),
+    click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda or cuda:N."),
+    click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True,
+                 help="Of the teacher's matrix products; part of what the store is. fp16 on CUDA only."),
+    click.option("--batch-size", callback=_read_by(_parse_batch_size), default="auto", show_default=True,
+                 metavar="auto|N", help="Rows of a forward pass."),
+    click.option("--compile", "compile", is_flag=True, help="Put the teacher through torch.compile."),
+    click.option("--limit-samples", type=int, metavar="N", help="Stop this run after N rows, in whole shards."),
+    click.option("--limit-hours", type=float, metavar="H", help="Stop this run before H hours are over."),
+    click.option("--limit-bytes", callback=_read_by(parse_size), metavar="SIZE",
+                 help="Stop this run before it has written SIZE, such as 10GB."),
+    click.option("--corpus-kind", metavar="KIND", help="images, idx or arrays, where it can't be told."),
+    click.option("--labels", metavar="FILE", help="Hard targets, .npy or IDX, instead of what the corpus brings."),
+    click.option("--array", metavar="NAME", help="Which array, where --data holds several."),
+    click.option("--image-size", callback=_read_by(_parse_pixels), metavar="N|HxW",
+                 help="Pixels that the teacher takes."),
+    click.option("--resize", type=_choice(Resize),
+                 help="To --image-size: the shorter side and a centre crop (default), or stretch."),
+    click.option("--shorter-side", type=int, metavar="N", help="Pixels of the shorter side before the crop."),
+    click.option("--interpolation", type=_choice(Interpolation), help="Of a resize; bilinear by default."),
+    click.option("--channels", type=click.IntRange(1, 3), metavar="1|3",
+                 help="Grey or RGB; default: as in the corpus."),
+    click.option("--scale", type=float, metavar="X", help="Factor of every value; 1/255 for images by default."),
+    click.option("--mean", callback=_read_by(_parse_numbers), metavar="A,B,C",
+                 help="Subtracted after the scale, a number a channel."),
+    click.option("--std", callback=_read_by(_parse_numbers), metavar="A,B,C",
+                 help="Divided by after that, a number a channel."),
+    click.option("--shard-rows", type=int, metavar="N", help="Rows of a shard: what a kill loses at most."),
+    click.option("--chunk-rows", type=int, metavar="N", help="Rows of a chunk: what a reader takes at a time."),
+    click.option("--compressor", type=_choice(Compressor), help="Default: zstd for topk, none for dense."),
+    click.option("--readers", type=int, metavar="N", help="Threads that read samples; default: one a core, at most 8."),
+    click.option("--trust-pickle", is_flag=True, help="Load a pickled module, which may run any code."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress and no notes."),
+)  # fmt: skip
+
+
+def _dump_options(command: F) -> F:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@main.command("run")
+@_dump_options
+def run_command(quiet: bool, **options: Any) -> None:
+    """Run the teacher over the corpus and store its soft targets.
+
+    Run the same command again to go on where it stopped. A run that would change what the store holds is refused.
+    """
+    with command_errors():
+        config = DumpConfig(**options)
+        from teacherdump.interruption import Interrupted
+        from teacherdump.run import run
+
+        try:
+            result = run(config, _silence if quiet else _note, quiet)
+        except Interrupted as interrupted:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would only break off the way out
+            click.echo(str(interrupted), err=True)
+            raise SystemExit(interrupted.exit_code) from None
+        click.echo(result.summary())
+
+
+@main.command("plan")
+@_dump_options
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def plan_command(quiet: bool, as_json: bool, **options: Any) -> None:
+    """Say what `run` would do with the same options, and how long it would take; write nothing."""
+    with command_errors():
+        config = DumpConfig(**options)
+        from teacherdump.preview import preview
+
+        plan = preview(config, _silence if quiet else _note)
+        click.echo(json.dumps(plan.to_json(), indent=2) if as_json else plan.summary())
+
+
+def _note(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _silence(text: str) -> None:
+    del text

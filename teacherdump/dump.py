@@ -1,0 +1,254 @@
+"""The dump: the road from samples to sealed shards.
+
+    readers -> batch -> teacher -> sparsify on the device -> host -> shard -> writer -> seal
+
+Legend: N rows of a batch, C classes.
+
+The device never waits for the disk: a thread reads ahead, another one writes behind, and results are copied to the host
+while the next batch is in work. What lies between the stages is bounded, so memory does not grow with the rows.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from storage.arrays import STATUS_NOT_FINITE, STATUS_OK, STATUS_UNDECODABLE, Array
+from storage.console import Pass
+from storage.corpus import Batch, Corpus, Preprocess, read_batch
+from storage.errors import CorpusError, TeacherError
+from storage.manifest import Manifest
+from storage.records import QuarantineEntry, Seal
+from storage.writer import StoreWriter
+from teacherdump.plan import batches
+from teacherdump.sparsify import HAS_NAN, HAS_POSITIVE_INF, REFUSAL, HostArrays, build_sparsify, copy_to_host
+from teacherdump.stages import ReadAhead, WriteBehind
+from teacherdump.teacher import Teacher
+
+READ_AHEAD_BATCHES = 4
+READ_AHEAD_BYTES = 256 << 20
+ON_THE_WAY = {"cuda": 2}  # batches whose results are copied while the next is in work; none elsewhere
+SHARDS_BEHIND = 1  # shards that wait for the one that is written
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a shard is dumped from.
+
+    Attributes:
+        corpus: where the samples are.
+        preprocess: how a sample becomes an input.
+        teacher: what gives the logits, on its device.
+        manifest: of the store.
+        batch_size: rows of one forward pass, at least 1.
+        num_readers: threads that decode samples, at least 1.
+    """
+
+    corpus: Corpus
+    preprocess: Preprocess
+    teacher: Teacher
+    manifest: Manifest
+    batch_size: int
+    num_readers: int
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedShard:
+    """A shard that is ready to be written.
+
+    Attributes:
+        shard: its index.
+        arrays: every array of the manifest, with the shard's rows.
+        quarantine: the rows without targets, in order.
+    """
+
+    shard: int
+    arrays: dict[str, Array]
+    quarantine: list[QuarantineEntry]
+
+
+@dataclass(frozen=True, eq=False)
+class ReadBatch:
+    """A batch on its way through the teacher.
+
+    Attributes:
+        shard: the shard that its rows are in; none of them is in another.
+        batch: the samples.
+        inputs: float32 (N, ...), pinned where the teacher is on CUDA.
+        hard_targets: int32 (N,), -1 where unknown; None where the store has none.
+    """
+
+    shard: int
+    batch: Batch
+    inputs: Tensor
+    hard_targets: Tensor | None
+
+
+def dump(
+    job: Job,
+    writer: StoreWriter,
+    shards: Iterable[int],
+    bar: Pass,
+    is_stopped: Callable[[], bool],
+    on_seal: Callable[[Seal], object],
+) -> None:
+    """Dump shards one after the other, and seal each.
+
+    Args:
+        job: what is dumped.
+        writer: the store.
+        shards: which, in order; taken as the readers come to them.
+        bar: told of the rows as they come out of the teacher.
+        is_stopped: asked between batches; once it says so, what is not a whole shard by then is dropped.
+        on_seal: called with each seal, in the writing thread.
+
+    Raises:
+        StoreError: what stopped it; every shard that was sealed stays, and the same dump goes on.
+    """
+    is_first = not writer.sealed_shards()
+    with WriteBehind[EncodedShard](lambda shard: on_seal(write_shard(writer, shard)), SHARDS_BEHIND) as behind:
+        encoded = encode_shards(job, shards, bar, lambda: is_stopped() or behind.failed)
+        with contextlib.closing(encoded):
+            for shard in encoded:
+                if is_first:
+                    _refuse_if_nothing_is_kept(shard)
+                    is_first = False
+                behind.put(shard)
+
+
+def dump_shard(job: Job, writer: StoreWriter, shard: int, bar: Pass) -> Seal:
+    """Dump and seal one shard, by itself."""
+    (encoded,) = encode_shards(job, [shard], bar, lambda: False)
+    return write_shard(writer, encoded)
+
+
+def write_shard(writer: StoreWriter, shard: EncodedShard) -> Seal:
+    """Write a shard durably, and seal it."""
+    return writer.write_shard(shard.shard, shard.arrays, shard.quarantine)
+
+
+def encode_shards(
+    job: Job, shards: Iterable[int], bar: Pass, is_stopped: Callable[[], bool]
+) -> Generator[EncodedShard, None, None]:
+    """What the store keeps of each shard, in order; a shard that is not whole when someone stops is dropped."""
+    shard: ShardBuffer | None = None
+    with read_ahead(job, shards) as ahead:
+        for read, arrays in soft_targets(job, ahead.until(is_stopped)):
+            shard = shard or ShardBuffer(job, read.shard)
+            shard.put(read, arrays)
+            bar.advance(len(read.batch.rows_N))
+            if shard.is_full:
+                yield shard.encoded()
+                shard = None
+
+
+def soft_targets(job: Job, reads: Iterable[ReadBatch]) -> Iterator[tuple[ReadBatch, dict[str, Array]]]:
+    """Each batch with what the encoding keeps of the teacher's logits; on CUDA a few batches late."""
+    sparsify = build_sparsify(job.manifest.encoding, job.manifest.temperatures)
+    device, on_the_way = job.teacher.device, deque[tuple[ReadBatch, HostArrays]]()
+    for read in reads:
+        logits_NC = job.teacher(read.inputs.to(device, non_blocking=True))
+        hard_targets_N = None if read.hard_targets is None else read.hard_targets.to(device, non_blocking=True)
+        with torch.inference_mode():
+            on_the_way.append((read, copy_to_host(sparsify(logits_NC, hard_targets_N))))
+        if len(on_the_way) > ON_THE_WAY.get(device.type, 0):
+            arrived, host = on_the_way.popleft()
+            yield arrived, host.wait()
+    for arrived, host in on_the_way:
+        yield arrived, host.wait()
+
+
+@contextlib.contextmanager
+def read_ahead(job: Job, shards: Iterable[int]) -> Iterator[ReadAhead[ReadBatch]]:
+    """The batches of shards, read in threads, a few ahead: as many as fit `READ_AHEAD_BYTES`."""
+    batch_bytes = 4 * int(np.prod(job.preprocess.shape)) * job.batch_size
+    depth = min(READ_AHEAD_BATCHES, max(1, READ_AHEAD_BYTES // batch_bytes))
+    with (
+        ThreadPoolExecutor(job.num_readers, "reader") as pool,
+        ReadAhead(_read_shards(job, shards, pool), depth) as ahead,
+    ):
+        yield ahead
+
+
+def _read_shards(job: Job, shards: Iterable[int], pool: ThreadPoolExecutor) -> Iterator[ReadBatch]:
+    hard_targets = job.corpus.hard_targets if job.manifest.has_hard_targets else None
+    pinned = job.teacher.device.type == "cuda"
+    for shard in shards:
+        for start, stop in batches(*job.manifest.layout.shard_bounds(shard), job.batch_size):
+            batch = read_batch(job.corpus, np.arange(start, stop), job.preprocess, pool)
+            inputs_N = torch.from_numpy(batch.inputs)
+            hard_targets_N = None if hard_targets is None else torch.from_numpy(hard_targets[start:stop].copy())
+            yield ReadBatch(shard, batch, inputs_N.pin_memory() if pinned else inputs_N, hard_targets_N)
+
+
+class ShardBuffer:
+    """The arrays of one shard while its batches come in."""
+
+    def __init__(self, job: Job, shard: int) -> None:
+        self._corpus, self._manifest, self._shard = job.corpus, job.manifest, shard
+        self._start, self._stop = job.manifest.layout.shard_bounds(shard)
+        self._num_rows = 0
+        rows = self._stop - self._start
+        self._arrays = {spec.name: np.empty((rows, *spec.row_shape), spec.dtype) for spec in job.manifest.arrays}
+        self._quarantine: list[QuarantineEntry] = []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every row is there."""
+        return self._num_rows == self._stop - self._start
+
+    def put(self, read: ReadBatch, arrays: dict[str, Array]) -> None:
+        """Take the next batch of rows, and quarantine those without targets."""
+        batch = read.batch
+        rows = slice(self._num_rows, self._num_rows + len(batch.rows_N))
+        reasons = {
+            int(position): f"logits are not finite: {_what_is_wrong(int(arrays[REFUSAL][position]))}"
+            for position in np.flatnonzero(arrays[REFUSAL])
+        } | batch.errors
+        refused = sorted(reasons)
+        for spec in self._manifest.arrays:
+            if spec.name in arrays:
+                part = self._arrays[spec.name][rows]
+                part[...] = arrays[spec.name]
+                part[refused] = spec.fill_value
+        self._arrays["sample_digest"][rows] = batch.digests_N
+        if read.hard_targets is not None:
+            self._arrays["hard_target"][rows] = read.hard_targets.numpy()
+        status_N = self._arrays["status"][rows]
+        status_N[...] = STATUS_OK
+        for position in refused:
+            status_N[position] = STATUS_UNDECODABLE if position in batch.errors else STATUS_NOT_FINITE
+            row = int(batch.rows_N[position])
+            self._quarantine.append(QuarantineEntry(row, self._corpus.key(row), reasons[position]))
+        self._num_rows = rows.stop
+
+    def encoded(self) -> EncodedShard:
+        """The shard, once it is full."""
+        return EncodedShard(self._shard, self._arrays, self._quarantine)
+
+
+def _what_is_wrong(refusal: int) -> str:
+    if refusal & HAS_NAN:
+        return "NaN"
+    return "+inf" if refusal & HAS_POSITIVE_INF else "-inf for every class"
+
+
+def _refuse_if_nothing_is_kept(shard: EncodedShard) -> None:
+    """Stop before a store is filled with nothing: what fails for the whole first shard will fail for the others."""
+    if (shard.arrays["status"] == STATUS_OK).any():
+        return
+    first, count = shard.quarantine[0], len(shard.quarantine)
+    if shard.arrays["status"][0] == STATUS_UNDECODABLE:
+        raise CorpusError(
+            f"row {first.row} ({first.key!r}): expected some of the first {count} samples to be usable, got none: "
+            f"{first.reason}; check the corpus and its preprocessing; nothing was sealed"
+        )
+    raise TeacherError(
+        f"row {first.row} ({first.key!r}): expected finite logits for some of the first {count} samples, got none: "
+        f"{first.reason}; check the teacher, its --precision and the preprocessing; nothing was sealed"
+    )

@@ -1,0 +1,219 @@
+"""One run of the dump, from its options to what it did: what is owed, the loop, the final record.
+
+torch is imported only once there is work for a teacher: a run over a finished store ends in a moment.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from storage.console import format_bytes, format_count, format_duration, format_rate, progress
+from storage.corpus import verify_hard_targets
+from storage.records import Seal
+from storage.writer import StoreWriter
+from teacherdump.config import DumpConfig
+from teacherdump.interruption import Interrupted, stop_requests
+from teacherdump.plan import Limits, estimate
+from teacherdump.source import Say, open_source, prepare
+
+if TYPE_CHECKING:
+    from teacherdump.dump import Job
+
+
+@dataclass(frozen=True)
+class DumpResult:
+    """What a run did, and where the store stands.
+
+    Attributes:
+        path: of the store.
+        num_rows: rows of the store.
+        num_sealed_rows: of these, in sealed shards.
+        num_new_rows: of these, sealed by this run.
+        num_refused: sealed rows without targets.
+        num_bytes: bytes of the store on the disk.
+        seconds: that the loop of this run took.
+        content_digest: identity of the finished store, or None while rows are missing.
+        limit: what stopped the run before the end, such as `--limit-hours 2`; None where nothing did.
+    """
+
+    path: str
+    num_rows: int
+    num_sealed_rows: int
+    num_new_rows: int
+    num_refused: int
+    num_bytes: int
+    seconds: float
+    content_digest: str | None
+    limit: str | None
+
+    def summary(self) -> str:
+        """What the run did and where the store stands, some lines for a person."""
+        if self.num_new_rows:
+            rate = format_rate(self.num_new_rows / max(self.seconds, 1e-9), "rows")
+            did = f"dumped {format_count(self.num_new_rows)} rows in {format_duration(self.seconds)} ({rate})"
+        elif self.content_digest is not None:
+            did = "nothing to do: the store is finished"
+        else:
+            did = "dumped nothing"
+        rows = f"{format_count(self.num_sealed_rows)} of {format_count(self.num_rows)} rows sealed"
+        lines = [did, f"{self.path}: {rows}, {format_count(self.num_refused)} refused, {format_bytes(self.num_bytes)}"]
+        if self.content_digest is not None:
+            lines.append(f"content digest {self.content_digest}")
+        else:
+            lines.append(f"stopped by {self.limit}; {how_to_go_on(self.path)}")
+        return "\n".join(lines)
+
+
+def run(config: DumpConfig, say: Say = lambda _: None, quiet: bool = True) -> DumpResult:
+    """Dump what a store is owed, within the limits, and finalize it when nothing is owed any more.
+
+    In the main thread the first SIGINT or SIGTERM ends the loop with whole shards.
+
+    Args:
+        config: what to do.
+        say: told of what a person should know, a line each.
+        quiet: show no progress.
+
+    Raises:
+        StoreError: what can't be used, or what stopped it; what is sealed stays, and the same run goes on.
+        ValueError: options that contradict what is there.
+        Interrupted: a signal ended it; the message says where the store stands and how to go on.
+    """
+    source = open_source(config)
+    if source.existing is not None:
+        manifest = source.manifest(source.existing.num_classes, source.existing.provenance)
+        with StoreWriter.open(config.out, manifest) as writer:  # refuses another teacher, corpus or encoding
+            if not writer.finalized:
+                verify_hard_targets(writer.store, source.corpus)
+            if not writer.owed_shards():
+                return _finish(writer, _Tally(), quiet)
+    job = prepare(source, say)
+    with StoreWriter.open(config.out, job.manifest) as writer:
+        _say_where_it_goes_on(writer, job, say)
+        return _dump_owed(config, job, writer, say, quiet)
+
+
+def _say_where_it_goes_on(writer: StoreWriter, job: "Job", say: Say) -> None:
+    """Where a run goes on, and what could change its last bits."""
+    num_sealed_rows = writer.store.num_sealed_rows
+    if not num_sealed_rows:
+        return
+    say(f"going on: {format_count(num_sealed_rows)} of {format_count(writer.layout.num_rows)} rows are sealed")
+    then, now = writer.manifest.provenance, job.manifest.provenance
+    changed = [name for name in ("batch_size", "device", "compile") if then.get(name) != now[name]]
+    if then.get("versions", {}).get("torch") != now["versions"]["torch"]:
+        changed.append("torch")
+    if changed:
+        say(
+            f"note: these rows were dumped with another {' and '.join(changed).replace('_', ' ')}: "
+            "the last bits of new rows may differ from what an undisturbed run gives"
+        )
+
+
+@dataclass
+class _Tally:
+    """What the run has sealed so far; the writing thread counts, the reading thread looks."""
+
+    num_rows: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+    limit: str | None = None
+    start: float = field(default_factory=time.perf_counter)
+
+    def add(self, seal: Seal, row_bytes: int) -> None:
+        """Count a seal; HDF5's does not say how large its shard is."""
+        num_rows = seal.stop - seal.start
+        self.num_bytes += sum(int(value["num_bytes"]) for value in seal.objects.values()) or num_rows * row_bytes
+        self.num_rows += num_rows
+
+    def bytes_a_row(self, row_bytes: int) -> float:
+        """Bytes that a row takes on the disk, as far as that is known."""
+        return self.num_bytes / self.num_rows if self.num_rows else float(row_bytes)
+
+
+def _dump_owed(config: DumpConfig, job: "Job", writer: StoreWriter, say: Say, quiet: bool) -> DumpResult:
+    from teacherdump.dump import dump
+
+    layout, row_bytes = writer.layout, job.manifest.row_bytes
+    owed, tally = writer.owed_shards(), _Tally()
+    limits = Limits(config.limit_samples, config.limit_hours, config.limit_bytes)
+    planned = estimate(layout, owed, replace(limits, hours=None), row_bytes, None).num_rows
+    _check_limits(config, planned, row_bytes, say)
+
+    def within_limits() -> Iterator[int]:
+        """The owed shards, as the readers come to them."""
+        num_rows = 0
+        for shard in owed:
+            first, stop = layout.shard_bounds(shard)
+            seconds = time.perf_counter() - tally.start
+            tally.limit = limits.reached(num_rows, stop - first, seconds, tally.bytes_a_row(row_bytes))
+            if tally.limit is not None:
+                return
+            num_rows += stop - first
+            yield shard
+
+    job = replace(job, manifest=writer.manifest)
+    with stop_requests() as request, progress(planned, "rows", "dumping", quiet=quiet) as bar:
+        dump(
+            job,
+            writer,
+            within_limits(),
+            bar,
+            lambda: request.signal != 0,
+            lambda seal: tally.add(seal, row_bytes),
+        )
+    tally.seconds = time.perf_counter() - tally.start
+    if request.signal and writer.owed_shards():
+        raise Interrupted(f"interrupted: {standing(writer)}", request.signal)
+    return _finish(writer, tally, quiet)
+
+
+def _check_limits(config: DumpConfig, planned: int, row_bytes: int, say: Say) -> None:
+    if not planned:
+        raise ValueError(
+            f"limit_bytes: expected room for one shard at {format_bytes(row_bytes)} a row, got {config.limit_bytes} "
+            "bytes; give more, or begin another store with fewer --shard-rows"
+        )
+    if config.limit_samples is not None and planned > config.limit_samples:
+        say(
+            f"--limit-samples {format_count(config.limit_samples)}: rounded up to {format_count(planned)}, "
+            "since shards are dumped whole"
+        )
+
+
+def _finish(writer: StoreWriter, tally: _Tally, quiet: bool) -> DumpResult:
+    """Finalize when nothing is owed any more, and say what there is."""
+    if not writer.finalized and not writer.owed_shards():
+        tally.limit = None
+        try:
+            with progress(writer.layout.num_rows, "rows", "checking", quiet=quiet) as bar:
+                writer.finalize(progress=bar.advance)
+        except KeyboardInterrupt as error:
+            raise Interrupted(f"interrupted: {standing(writer)}", 2) from error
+    store = writer.store
+    return DumpResult(
+        path=store.path,
+        num_rows=writer.layout.num_rows,
+        num_sealed_rows=store.num_sealed_rows,
+        num_new_rows=tally.num_rows,
+        num_refused=store.final.num_quarantined if store.final is not None else len(store.quarantine()),
+        num_bytes=store.backend.num_bytes(),
+        seconds=tally.seconds,
+        content_digest=store.content_digest,
+        limit=tally.limit,
+    )
+
+
+def standing(writer: StoreWriter) -> str:
+    """How much of a store is sealed, and how to go on."""
+    sealed, total = writer.store.num_sealed_rows, writer.layout.num_rows
+    text = f"{format_count(sealed)} of {format_count(total)} rows are sealed in {writer.store.path}"
+    if sealed == total:
+        return f"{text}; run the same command again to finalize it"
+    return f"{text}; {how_to_go_on(writer.store.path)}" if sealed else f"{text}; run the same command again to go on"
+
+
+def how_to_go_on(path: str) -> str:
+    """What to do with a store of which rows are missing."""
+    return f"run the same command again to go on, or finalize at what is sealed: logitstore finalize {path} --partial"

@@ -1,0 +1,221 @@
+"""What a run dumps: the corpus, who the teacher is, what is in the store already; then the teacher itself.
+
+torch is imported only when the teacher is loaded.
+"""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from storage.arrays import common_arrays
+from storage.backends import backend_for
+from storage.corpus import Corpus, Preprocess, default_preprocess, open_corpus, read_batch
+from storage.errors import CorpusError, MismatchError, TeacherError
+from storage.layout import Layout
+from storage.manifest import Manifest
+from storage.reader import Store
+from storage.records import MANIFEST
+from teacherdump.config import DumpConfig
+from teacherdump.model_file import teacher_identity
+from teacherdump.plan import choose_layout
+
+if TYPE_CHECKING:
+    from teacherdump.dump import Job
+    from teacherdump.teacher import Teacher
+
+NUM_PROBE_ROWS = 4
+MOST_READERS = 8
+SLOW_BATCH = 8  # rows: a program exported for fewer is worth a note
+VERSIONS_OF = ("torch", "numpy", "zarr", "h5py", "logitstore")
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run dumps, as far as it can be told without loading the teacher.
+
+    Attributes:
+        config: the options.
+        corpus: opened.
+        preprocess: how its samples become inputs.
+        identity: who the teacher is.
+        existing: the manifest of the store that is there, or None.
+    """
+
+    config: DumpConfig
+    corpus: Corpus
+    preprocess: Preprocess
+    identity: Mapping[str, Any]
+    existing: Manifest | None
+
+    def manifest(self, num_classes: int, provenance: Mapping[str, Any]) -> Manifest:
+        """The manifest of the store; what is not asked for otherwise is as in the store that is there."""
+        config, corpus, there = self.config, self.corpus, self.existing
+        encoding = config.build_encoding()
+        has_hard_targets = corpus.hard_targets is not None
+        arrays = (
+            *common_arrays(len(config.temperatures), has_hard_targets),
+            *encoding.arrays(num_classes, len(config.temperatures)),
+        )
+        if there is not None and config.shard_rows is None and config.chunk_rows is None:
+            layout = Layout(corpus.num_samples, there.shard_rows, there.chunk_rows)
+        else:
+            layout = choose_layout(corpus.num_samples, arrays, config.shard_rows, config.chunk_rows)
+        compressor = config.choose_compressor()
+        if there is not None and config.compressor is None:
+            compressor = there.compressor
+        return Manifest(
+            num_rows=corpus.num_samples,
+            num_classes=num_classes,
+            shard_rows=layout.shard_rows,
+            chunk_rows=layout.chunk_rows,
+            encoding=encoding,
+            temperatures=config.temperatures,
+            teacher=self.identity,
+            corpus={"kind": corpus.kind, "fingerprint": corpus.fingerprint, "num_samples": corpus.num_samples},
+            preprocess=self.preprocess.to_json(),
+            class_names=corpus.class_names,
+            has_hard_targets=has_hard_targets,
+            compressor=compressor,
+            provenance=provenance,
+        )
+
+
+def open_source(config: DumpConfig) -> Source:
+    """The corpus, the teacher's identity and the store that is there.
+
+    Raises:
+        StoreError: one of them can't be used.
+        ValueError: an option would be ignored.
+    """
+    identity = teacher_identity(config.models, config.arch, config.combine, config.precision)
+    corpus = open_corpus(config.data, config.corpus_kind, config.labels, config.array)
+    preprocess = default_preprocess(
+        corpus,
+        config.image_size,
+        config.mean,
+        config.std,
+        resize=config.resize,
+        shorter_side=config.shorter_side,
+        interpolation=config.interpolation,
+        channels=config.channels,
+        scale=config.scale,
+    )
+    backend = backend_for(config.out)
+    existing = None
+    if backend.exists() and backend.get_record(MANIFEST) is not None:
+        with Store(backend) as store:
+            existing = store.manifest
+    return Source(config, corpus, preprocess, identity, existing)
+
+
+def prepare(source: Source, say: Say) -> "Job":
+    """The teacher loaded and tried on the first samples, and all that a shard is dumped from.
+
+    Raises:
+        StoreError: the teacher can't be used, or does not fit the corpus.
+        ValueError: an option contradicts what the teacher is.
+    """
+    from teacherdump.batch_size import choose_batch_size
+    from teacherdump.dump import Job
+    from teacherdump.teacher import load_teacher
+
+    config, there = source.config, source.existing
+    teacher = load_teacher(
+        config.models,
+        config.arch,
+        config.combine,
+        config.device,
+        config.precision,
+        config.compile,
+        config.trust_pickle,
+    )
+    num_classes = _probe(source, teacher, say)
+    if there is not None and num_classes != there.num_classes:
+        raise MismatchError(
+            f"{config.out}: expected {there.num_classes} classes, as the store has them, got {num_classes} from the "
+            "teacher; the code behind --arch has changed: give --out another path"
+        )
+    _check_classes(source.corpus, num_classes)
+    draft = source.manifest(num_classes, {})
+    if config.batch_size is not None and config.batch_size > (teacher.max_batch or config.batch_size):
+        raise ValueError(
+            f"batch_size: expected at most {teacher.max_batch}, for which the program was exported, got "
+            f"{config.batch_size}; leave --batch-size out, or export it with a dynamic first dimension"
+        )
+    batch_size = config.batch_size or (None if there is None else _begun_with(there, "batch_size"))
+    if batch_size is None:
+        batch_size = choose_batch_size(teacher, source.preprocess.shape, draft.shard_rows)
+    if teacher.max_batch is not None and teacher.max_batch < 8:
+        say(
+            f"note: the program was exported for batches of {teacher.max_batch}, which is slow; "
+            "export it with a dynamic first dimension"
+        )
+    manifest = source.manifest(num_classes, _provenance(source, teacher, batch_size))
+    num_readers = config.readers or min(MOST_READERS, os.cpu_count() or 1)
+    return Job(source.corpus, source.preprocess, teacher, manifest, batch_size, num_readers)
+
+
+def _probe(source: Source, teacher: "Teacher", say: Say) -> int:
+    """Classes of the teacher, tried on the first samples."""
+    import torch
+
+    from teacherdump.teacher import probe_teacher
+
+    rows = np.arange(min(NUM_PROBE_ROWS, source.corpus.num_samples, teacher.max_batch or NUM_PROBE_ROWS))
+    inputs_N = torch.from_numpy(read_batch(source.corpus, rows, source.preprocess).inputs)
+    probe = probe_teacher(teacher, inputs_N.to(teacher.device))
+    for note in probe.notes:
+        say(f"note: {note}")
+    return probe.num_classes
+
+
+def _check_classes(corpus: Corpus, num_classes: int) -> None:
+    """Refuse a teacher whose classes can't be those of the corpus."""
+    where, names, hard_targets = f"corpus '{corpus.path}'", corpus.class_names, corpus.hard_targets
+    if names is not None and len(names) != num_classes:
+        raise TeacherError(
+            f"{where}: expected as many classes as the teacher has ({num_classes}), got {len(names)} ({names[0]!r} to "
+            f"{names[-1]!r}); give the teacher of this corpus, or a corpus of its classes"
+        )
+    if hard_targets is not None and int(hard_targets.max()) >= num_classes:
+        row = int((hard_targets >= num_classes).argmax())
+        raise CorpusError(
+            f"{where}: row {row} ({corpus.key(row)!r}): expected a hard target below {num_classes}, the teacher's "
+            f"classes, got {hard_targets[row]}; give the labels of its classes, or the teacher of these"
+        )
+
+
+def _provenance(source: Source, teacher: "Teacher", batch_size: int) -> dict[str, Any]:
+    """When, on what and with which software: no paths and no names of machines."""
+    import torch
+
+    device = teacher.device
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "models": [Path(path).name for path in source.config.models],
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS_OF},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "batch_size": batch_size,
+        "compile": source.config.compile,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _begun_with(manifest: Manifest, name: str) -> int | None:
+    value = manifest.provenance.get(name)
+    return value if isinstance(value, int) and value >= 1 else None

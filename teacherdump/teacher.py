@@ -1,0 +1,278 @@
+"""The teacher: one model, or an ensemble that speaks as one. Inputs to float32 logits.
+
+Legend: N batch, C classes, M members.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from storage.errors import TeacherError
+from teacherdump.config import Combine, Precision
+from teacherdump.loading import Member, load_member, one_line
+from teacherdump.model_file import teacher_identity
+
+# An answer that changes by more than this share of the largest logit, when nothing but chance or its neighbours in the
+# batch changed, is that of a model in training mode; rounding stays far below it.
+MAX_CHANGE = 1e-2
+
+
+class TeacherMemoryError(TeacherError):
+    """The batch does not fit the device: give a smaller one."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher on its device.
+
+    Attributes:
+        members: its models, one or more.
+        identity: who it is, as the manifest keeps it.
+        device: where it runs.
+    """
+
+    members: tuple[Member, ...]
+    identity: Mapping[str, Any]
+    device: torch.device
+
+    @property
+    def digest(self) -> str:
+        """sha256 of its file, or of its members' digests and how they are combined."""
+        return str(self.identity["digest"])
+
+    @property
+    def kind(self) -> str:
+        """`program`, `torchscript`, `weights`, `module` or `ensemble`."""
+        return str(self.identity["kind"])
+
+    @property
+    def arch(self) -> str | None:
+        """What its weights belong to, or None where the file says it itself."""
+        arch: str | None = self.identity["arch"]
+        return arch
+
+    @property
+    def max_batch(self) -> int | None:
+        """Rows that every member takes in one pass, or None for any number."""
+        return min((member.max_batch for member in self.members if member.max_batch is not None), default=None)
+
+    def describe(self) -> dict[str, Any]:
+        """Who it is, as the manifest keeps it."""
+        return dict(self.identity)
+
+    def __call__(self, inputs_N: Tensor) -> Tensor:
+        """Float32 logits (N, C) of inputs (N, ...) on the teacher's device.
+
+        Raises:
+            TeacherError: a member does not take the inputs, or does not give logits.
+            TeacherMemoryError: the batch does not fit the device.
+        """
+        with torch.inference_mode(), _arithmetic(self.identity["precision"], self.device):
+            logits = [_logits_of(member, inputs_N) for member in self.members]
+        with torch.inference_mode():
+            return self._combine(logits)
+
+    def _combine(self, logits: Sequence[Tensor]) -> Tensor:
+        if len(logits) == 1:
+            return logits[0]
+        counts = [value.shape[1] for value in logits]
+        if len(set(counts)) > 1:
+            other = next(index for index, count in enumerate(counts) if count != counts[0])
+            raise TeacherError(
+                f"{self.members[other].where}: expected {counts[0]} classes, as the first model gives, got "
+                f"{counts[other]}; an ensemble's models must share their classes"
+            )
+        stacked_MNC = torch.stack(list(logits))
+        if self.identity["combine"] == "mean-logits":
+            return stacked_MNC.mean(0)
+        return stacked_MNC.log_softmax(2).logsumexp(0) - math.log(len(logits))
+
+
+def load_teacher(
+    paths: Sequence[str | Path],
+    arch: str | None = None,
+    combine: Combine | None = None,
+    device: str = "auto",
+    precision: Precision = "fp32",
+    compile: bool = False,  # noqa: A002 - the name of the option
+    trust_pickle: bool = False,
+) -> Teacher:
+    """A teacher of model files, each a `torch.export` program, a TorchScript archive or weights.
+
+    Args:
+        paths: model files; more than one is an ensemble.
+        arch: spec of what weights belong to; for weights only.
+        combine: `mean-probs` (the default): the log of the arithmetic mean of the members' softmax at T = 1;
+            `mean-logits`: the mean of their logits. For an ensemble only.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        precision: of matrix products and convolutions; fp16 on CUDA only. `fp32` is float32 throughout, without TF32.
+        compile: whether the models go through `torch.compile`.
+        trust_pickle: whether a file may run code while it is loaded.
+
+    Raises:
+        TeacherError: a file can't be used; the message says what to do.
+        ValueError: an option is out of range, or would be ignored.
+    """
+    identity = teacher_identity(paths, arch, combine, precision)
+    where = find_device(device)
+    if precision == "fp16" and where.type != "cuda":
+        raise ValueError(f"precision: expected fp32 or bf16 on {where.type}, got fp16; use bf16, or --device cuda")
+    members = tuple(load_member(path, arch, where, trust_pickle) for path in paths)
+    if compile:
+        members = tuple(_compiled(member) for member in members)
+    return Teacher(members, identity, where)
+
+
+def find_device(device: str) -> torch.device:
+    """The device of its name; `auto` is CUDA where there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    num_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return torch.device("cuda" if num_cuda else "cpu")
+    name, _, index = device.partition(":")
+    if name not in ("cpu", "cuda") or (index and (name == "cpu" or not index.isdigit())):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {device!r}")
+    if name == "cuda" and int(index or 0) >= num_cuda:
+        raise ValueError(
+            f"device: expected one of {num_cuda} CUDA devices of this machine, got {device}; use --device cpu or auto"
+        )
+    return torch.device(device)
+
+
+def _compiled(member: Member) -> Member:
+    if isinstance(member.module, torch.jit.ScriptModule):
+        raise ValueError(  # noqa: TRY004 - an option that does not fit the file
+            f"compile: expected a model that torch.compile takes, got TorchScript, {member.where}; leave it out"
+        )
+    module: Any = torch.compile(member.module)
+    return Member(member.where, module, member.input_dtype, member.input_shape, member.min_batch, member.max_batch)
+
+
+@contextlib.contextmanager
+def _arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Autocast to the precision; for fp32 on CUDA, convolutions without TF32, which are torch's own default there."""
+    if precision != "fp32":
+        with torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16):
+            yield
+    elif device.type == "cuda":
+        cudnn = torch.backends.cudnn
+        with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.deterministic, allow_tf32=False):
+            yield
+    else:
+        yield
+
+
+def _logits_of(member: Member, inputs_N: Tensor) -> Tensor:
+    """A member's logits, float32 (N, C); batches that are too small for it are padded with zeros."""
+    num_rows, shape = len(inputs_N), tuple(inputs_N.shape[1:])
+    _check_input_shape(member, shape)
+    if num_rows < member.min_batch:
+        inputs_N = torch.cat([inputs_N, inputs_N.new_zeros(member.min_batch - num_rows, *shape)])
+    fed = tuple(inputs_N.shape)
+    try:
+        output: Any = member.module(inputs_N.to(member.input_dtype))
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise TeacherMemoryError(
+                f"{member.where}: expected a batch of {fed[0]} to fit the memory of {inputs_N.device}, got none left; "
+                "give a smaller --batch-size"
+            ) from error
+        raise TeacherError(
+            f"{member.where}: expected a model that takes inputs of shape {fed}, got {one_line(error)}; if the shape "
+            "is wrong, say --image-size, --crop or another --arch"
+        ) from error
+    return _checked_logits(member.where, output, fed[0])[:num_rows].float()
+
+
+def _check_input_shape(member: Member, shape: tuple[int, ...]) -> None:
+    wanted = member.input_shape
+    if wanted is None:
+        return
+    if len(wanted) != len(shape) or any(mine not in (None, size) for mine, size in zip(wanted, shape, strict=True)):
+        text = "(" + ", ".join("any" if size is None else str(size) for size in wanted) + ")"
+        advice = "say --image-size, or export the program for inputs of that shape"
+        if len(wanted) == len(shape) == 3 and wanted[1] and wanted[2] and wanted[1:] != shape[1:]:
+            advice = f"say --image-size {wanted[1]}x{wanted[2]}"
+        raise TeacherError(f"{member.where}: expected samples of shape {text}, got {shape}; {advice}")
+
+
+def _checked_logits(where: str, output: Any, num_rows: int) -> Tensor:
+    """The logits of a model's output: a tensor (N, C), or what it has under `logits`, as transformers' models do."""
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
+        output = output.logits
+    if isinstance(output, (tuple, list)) and len(output) == 1:
+        output = output[0]
+    expected = f"logits (N, C), here ({num_rows}, C)"
+    if not isinstance(output, Tensor):
+        raise TeacherError(
+            f"{where}: expected {expected}, got a {type(output).__name__}; wrap the model so that it returns its logits"
+        )
+    if output.ndim != 2 or len(output) != num_rows or output.shape[1] < 1:
+        raise TeacherError(
+            f"{where}: expected {expected}, got shape {tuple(output.shape)}; wrap the model so that it returns one row "
+            "of logits a sample"
+        )
+    if not output.dtype.is_floating_point:
+        raise TeacherError(
+            f"{where}: expected {expected} of floats, got {output.dtype}; return the logits, not the top class"
+        )
+    return output
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a first batch told of a teacher.
+
+    Attributes:
+        num_classes: classes of its logits.
+        notes: what a person should look at, a line each.
+    """
+
+    num_classes: int
+    notes: tuple[str, ...]
+
+
+def probe_teacher(teacher: Teacher, inputs_N: Tensor) -> Probe:
+    """Run a teacher on a few samples, and see whether it is in eval mode: the same answer twice, and in any company.
+
+    Raises:
+        TeacherError: it does not give logits, is random, or mixes the rows of a batch.
+    """
+    where = teacher.members[0].where
+    logits_NC = teacher(inputs_N)
+    if _change(logits_NC, teacher(inputs_N)) > MAX_CHANGE:
+        raise TeacherError(
+            f"{where}: expected the same logits for the same batch, got others; it draws random numbers, as dropout in "
+            "training mode does: call model.eval() before it is traced or exported"
+        )
+    alone_NC = teacher(inputs_N[:1].expand_as(inputs_N))
+    if _change(logits_NC[:1], alone_NC[:1]) > MAX_CHANGE:
+        raise TeacherError(
+            f"{where}: expected logits that do not depend on the other samples of a batch, got others in other "
+            "company; batch normalisation is in training mode: call model.eval() before it is traced or exported"
+        )
+    notes = []
+    is_sum_one = ((logits_NC.sum(1) - 1).abs() < 1e-3).all() and (logits_NC >= 0).all()
+    if is_sum_one and logits_NC.shape[1] > 1:
+        notes.append("the teacher's outputs look like probabilities, not logits: every row is positive and sums to one")
+    return Probe(logits_NC.shape[1], tuple(notes))
+
+
+def _change(first: Tensor, second: Tensor) -> float:
+    """Largest difference of finite values, relative to the largest of them."""
+    finite = first.isfinite() & second.isfinite()
+    if not finite.any():
+        return 0.0
+    first, second = first[finite], second[finite]
+    return float((first - second).abs().max() / first.abs().max().clamp(min=1e-6))
