@@ -1,0 +1,112 @@
+"""`studenttrain`: train a student from stored soft targets, and try it."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from storage.console import command_errors
+
+CORPUS_HELP = "images (a folder), idx or arrays; found from what is there"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="logitstore")
+def main() -> None:
+    """Train students from stored soft targets; the teacher is not needed any more."""
+
+
+def _options(*specs: tuple[str, Any, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Options of one kind each: name, type and help; none of them has a default here, the library has."""
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for name, kind, text in reversed(specs):
+            command = click.option(name, type=kind, default=None, help=text)(command)
+        return command
+
+    return add
+
+
+@main.command()
+@click.option("--targets", required=True, help="Store of soft targets.")
+@click.option("--data", required=True, help="Corpus that the store was made from.")
+@click.option(
+    "--student", required=True, help="mlp:784-800-800-10, cnn:3-32-64-10, timm:NAME or package.module:callable."
+)
+@click.option("--out", required=True, help="Folder of the run; give the same one again to go on.")
+@_options(
+    ("--epochs", int, "Passes over the sealed rows; this or --steps."),
+    ("--steps", int, "Optimizer steps."),
+    ("--batch-size", int, "Rows of a batch, over all ranks.  [128]"),
+    ("--temperature", float, "Of the soft loss.  [the largest that the store declares]"),
+    ("--alpha", float, "Weight of the soft targets, 1 - alpha that of the hard ones.  [0.9; 1 without hard targets]"),
+    ("--loss", str, "auto, kl, reverse-kl, jsd, mse; on top-k tail-bucket, reverse-kl, jsd.  [auto]"),
+    ("--lr", float, "Highest learning rate.  [0.001]"),
+    ("--seed", int, "Of the first weights, the order of the rows and dropout.  [0]"),
+    ("--optimizer", str, "adamw or sgd.  [adamw]"),
+    ("--momentum", float, "Of sgd.  [0.9]"),
+    ("--weight-decay", float, "Of matrices and kernels.  [0]"),
+    ("--schedule", str, "cosine or constant.  [cosine]"),
+    ("--warmup-steps", int, "Optimizer steps of linear warm-up.  [0]"),
+    ("--clip-norm", float, "Largest norm of the gradient.  [no clipping]"),
+    ("--accumulate", int, "Batches of one optimizer step.  [1]"),
+    ("--precision", str, "fp32, bf16 or fp16 (CUDA only).  [fp32]"),
+    ("--ema", float, "Decay of averaged weights, which are then the result.  [no average]"),
+    ("--init", str, "Weights to begin with: .safetensors or a run's folder.  [random]"),
+    ("--device", str, "auto, cpu, cuda or cuda:N.  [auto]"),
+    ("--checkpoint-every", str, "Steps (500) or time (90s, 10m, 2h) between checkpoints.  [60s]"),
+    ("--corpus-kind", str, f"{CORPUS_HELP}."),
+    ("--labels", str, "Hard targets of --data, a file.  [found beside it]"),
+    ("--array", str, "Array in --data, where it holds several."),
+    ("--val-data", str, "Corpus to validate on after each epoch."),
+    ("--val-labels", str, "Hard targets of --val-data, a file."),
+    ("--val-targets", str, "Store made from --val-data by the same teacher: agreement, and the teacher's calibration."),
+    ("--readers", int, "Threads that read samples.  [one a core, at most 8]"),
+)
+@click.option("--compile", is_flag=True, default=None, help="Put the student through torch.compile.")
+@click.option("--quiet", is_flag=True, help="Print warnings and the result only.")
+def fit(quiet: bool, **options: Any) -> None:
+    """Train a student on a store, or go on where the same command stopped. Under torchrun: on several devices."""
+    with command_errors():
+        from studenttrain.config import FitConfig
+        from studenttrain.distributed import is_main_rank
+        from studenttrain.interruption import Interrupted
+        from studenttrain.train import fit as train_student
+
+        config = FitConfig(**{name: value for name, value in options.items() if value is not None})
+        try:
+            result = train_student(config, quiet=quiet)
+        except Interrupted as stop:
+            click.echo(str(stop), err=True)
+            raise SystemExit(stop.exit_code) from None
+        if is_main_rank():
+            click.echo(str(result))
+
+
+@main.command("eval")
+@click.option("--checkpoint", required=True, help="Folder of a run, a .safetensors file, or a checkpoint.")
+@click.option("--data", required=True, help="Corpus to try the student on.")
+@_options(
+    ("--targets", str, "Store made from that corpus: agreement with the teacher."),
+    ("--labels", str, "Hard targets of the corpus, a file.  [found beside it]"),
+    ("--corpus-kind", str, f"{CORPUS_HELP}."),
+    ("--array", str, "Array in the corpus, where it holds several."),
+    ("--device", str, "auto, cpu, cuda or cuda:N.  [auto]"),
+    ("--batch-size", int, "Samples of a batch.  [512]"),
+    ("--readers", int, "Threads that read samples.  [one a core, at most 8]"),
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: top1, agreement, nll, ece, num_errors, num_samples.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def evaluate(as_json: bool, quiet: bool, **options: Any) -> None:
+    """Try a student on a corpus: top-1, agreement with the teacher, NLL and calibration error."""
+    with command_errors():
+        from studenttrain.trial import try_student
+
+        given = {name: value for name, value in options.items() if value is not None}
+        figures = try_student(**given, quiet=quiet or as_json)
+        click.echo(json.dumps(figures.to_json()) if as_json else str(figures))
+
+
+if __name__ == "__main__":
+    main()

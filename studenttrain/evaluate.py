@@ -1,0 +1,158 @@
+"""How well a student does on a corpus: top-1, agreement with the teacher, NLL and calibration error.
+
+Legend: N batch, C classes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from storage.arrays import STATUS_OK
+from storage.corpus import Batch, Corpus, Preprocess, check_digests, read_batch
+from storage.errors import CorpusError
+from storage.reader import Store
+from studenttrain.distributed import World
+from studenttrain.figures import REFUSED, SAMPLES, EvalFigures, Tally
+from studenttrain.precision import Precision, autocast
+from studenttrain.top1 import stored_top1
+
+DEFAULT_BATCH_SIZE = 512
+TEACHER_BYTES = 32 << 20  # of log-probabilities that are looked at together
+
+
+def evaluate(
+    model: nn.Module,
+    corpus: Corpus,
+    preprocess: Preprocess,
+    world: World,
+    *,
+    store: Store | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    precision: Precision = "fp32",
+    readers: int = 1,
+    advance: Callable[[int], None] | None = None,
+) -> EvalFigures:
+    """What a student does on all samples of a corpus, in one pass; each rank takes its share of the batches.
+
+    Args:
+        model: the student, on the world's device; it is left in the mode that it came in.
+        corpus: what it is tried on; figures against hard targets need its hard targets.
+        preprocess: how a sample becomes the student's input.
+        world: the ranks that evaluate together, each with the same arguments.
+        store: targets stored from this corpus, for the agreement with the teacher.
+        batch_size: samples of one batch of a rank, at least 1.
+        precision: of the student's forward pass.
+        readers: threads that read samples, at least 1.
+        advance: called with the number of samples that each batch brought.
+
+    Raises:
+        CorpusMismatchError: a sample is not the one that the store's row was made from.
+        CorpusError: a hard target is not one of the student's classes.
+    """
+    tally, was_training = Tally(), model.training
+    hard_targets = None if corpus.hard_targets is None else torch.from_numpy(corpus.hard_targets.astype(np.int64))
+    starts = range(world.rank * batch_size, corpus.num_samples, world.size * batch_size)
+    batches = [np.arange(start, min(start + batch_size, corpus.num_samples)) for start in starts]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for batch in _read_ahead(corpus, batches, preprocess, readers):
+                rows_N = batch.rows_N
+                teacher_top1_N = None if store is None else _checked_top1(store, corpus, batch)
+                good = [position for position in range(len(rows_N)) if position not in batch.errors]
+                tally.add_refused(len(batch.errors))
+                if advance is not None:
+                    advance(len(rows_N))
+                if not good:
+                    continue
+                with autocast(precision, world.device):
+                    logits_NC = model(torch.from_numpy(batch.inputs[good]).to(world.device))
+                known_N = None if hard_targets is None else hard_targets[torch.from_numpy(rows_N[good])]
+                if known_N is not None and int(known_N.max()) >= logits_NC.shape[1]:
+                    raise CorpusError(
+                        f"{corpus.path}: expected hard targets below the student's {logits_NC.shape[1]} classes, got "
+                        f"{int(known_N.max())}; give the corpus, or the labels, of these classes"
+                    )
+                tally.add(logits_NC, known_N, None if teacher_top1_N is None else teacher_top1_N[good])
+    finally:
+        model.train(was_training)
+    return tally.over(world).figures()
+
+
+def evaluate_teacher(store: Store, hard_targets: NDArray[np.int32]) -> EvalFigures | None:
+    """What the stored targets themselves do against hard targets at T = 1; None where T = 1 is not exact in the store.
+
+    Args:
+        store: its sealed rows are read.
+        hard_targets: int32 (num_rows,), -1 where unknown.
+    """
+    manifest, tally = store.manifest, Tally()
+    exact = manifest.encoding.exact_temperatures(manifest.temperatures)
+    if exact is not None and 1.0 not in exact:
+        return None
+    names = [spec.name for spec in manifest.arrays if spec.name not in ("sample_digest", "hard_target", "entropy")]
+    step = max(1, TEACHER_BYTES // (8 * manifest.num_classes))
+    for shard in store.sealed_shards():
+        first, end = store.layout.shard_bounds(shard)
+        for start in range(first, end, step):
+            stop = min(start + step, end)
+            arrays = store.read(names, start, stop)
+            good_N = arrays["status"] == STATUS_OK
+            arrays = {name: values[good_N] for name, values in arrays.items()}
+            tally.sums[SAMPLES] += int(good_N.sum())
+            tally.sums[REFUSED] += int((~good_N).sum())
+            _add_teacher(tally, store, arrays, hard_targets[start:stop][good_N].astype(np.int64))
+    return tally.figures()
+
+
+def _add_teacher(tally: Tally, store: Store, arrays: dict[str, Any], hard_targets_N: NDArray[np.int64]) -> None:
+    """Count the teacher's answers in some rows."""
+    if not len(hard_targets_N):
+        return
+    manifest = store.manifest
+    logprobs = manifest.encoding.logprobs(arrays, 1.0, manifest.temperatures)
+    hard_N = torch.from_numpy(hard_targets_N)
+    if "ids" in arrays:
+        top1_N, confidence_N = arrays["ids"][:, 0].astype(np.int64), np.exp(logprobs[:, 0])
+        missing_N = np.full(len(hard_targets_N), np.nan, np.float32)
+        nll_N = -arrays.get("hard_target_logprob", missing_N).astype(np.float32)
+    else:
+        top1_N, confidence_N = logprobs.argmax(1), np.exp(logprobs.max(1))
+        nll_N = -np.take_along_axis(logprobs, np.maximum(hard_targets_N, 0)[:, None], 1)[:, 0]
+    tally.add_answers(torch.from_numpy(top1_N), torch.from_numpy(confidence_N), torch.from_numpy(nll_N), hard_N)
+
+
+def _checked_top1(store: Store, corpus: Corpus, batch: Batch) -> Tensor:
+    """The stored top-1 of a batch of consecutive rows, once its samples are found to be those of the store."""
+    start, stop = int(batch.rows_N[0]), int(batch.rows_N[-1]) + 1
+    sealed = store.sealed_shards()
+    for shard, first, end in store.layout.split(start, stop):
+        if shard in sealed:
+            stored_N = store.read(["sample_digest"], first, end)["sample_digest"]
+            place = slice(first - start, end - start)
+            check_digests(stored_N, batch.digests_N[place], batch.rows_N[place], corpus, store.path)
+    return torch.from_numpy(stored_top1(store, start, stop))
+
+
+def _read_ahead(
+    corpus: Corpus, batches: list[NDArray[np.int64]], preprocess: Preprocess, readers: int
+) -> Iterator[Batch]:
+    """The batches in order, the next one read while this one is used."""
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(readers))
+        ahead = stack.enter_context(ThreadPoolExecutor(1))
+        stack.callback(ahead.shutdown, wait=False, cancel_futures=True)
+        pending = [ahead.submit(read_batch, corpus, rows_N, preprocess, pool) for rows_N in batches[:2]]
+        for following in range(2, len(batches) + 2):
+            if not pending:
+                return
+            batch = pending.pop(0).result()
+            if following < len(batches):
+                pending.append(ahead.submit(read_batch, corpus, batches[following], preprocess, pool))
+            yield batch

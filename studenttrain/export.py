@@ -1,0 +1,173 @@
+"""A student as files that others use: weights, a `torch.export` program, and a card that says what they are."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from storage.backends.files import clear_os_errors
+from storage.errors import StudentError
+from studenttrain.checkpoint import CHECKPOINT, load_checkpoint, write_durably
+from studenttrain.models import build_model
+
+WEIGHTS = "student.safetensors"
+PROGRAM = "student.pt2"
+CARD = "student.json"
+
+
+@dataclass(frozen=True)
+class StudentCard:
+    """What a student is, and what it needs to be used.
+
+    Attributes:
+        student: spec that builds it.
+        input_shape: shape of one input, without its batch.
+        num_classes: classes of its logits.
+        class_names: names in class order, or None where they are not known.
+        preprocess: how a sample becomes its input, as in the store's manifest.
+        store: `digest` of what the store's manifest says, and the `content_digest` where it was finalized.
+    """
+
+    student: str
+    input_shape: tuple[int, ...]
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    preprocess: Mapping[str, Any]
+    store: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The card as a JSON object."""
+        names = None if self.class_names is None else list(self.class_names)
+        return asdict(self) | {"input_shape": list(self.input_shape), "class_names": names}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """The card of a JSON object; KeyError where a field is missing."""
+        names = value["class_names"]
+        return cls(
+            student=value["student"],
+            input_shape=tuple(value["input_shape"]),
+            num_classes=value["num_classes"],
+            class_names=None if names is None else tuple(names),
+            preprocess=value["preprocess"],
+            store=value["store"],
+        )
+
+
+def export_student(folder: Path, model: nn.Module, card: StudentCard, example: Tensor) -> str | None:
+    """Write `student.safetensors`, `student.json` and `student.pt2` into a folder.
+
+    Args:
+        folder: the run's folder.
+        model: the student, on the CPU; it is left in evaluation mode.
+        card: what it is.
+        example: one input, float32 (1, ...), which the program is traced with; its batch stays free.
+
+    Returns:
+        Why there is no program, in one line, or None: a model that `torch.export` can't trace still has its weights.
+    """
+    model.eval()
+    save_weights(folder / WEIGHTS, model)
+    write_durably(folder / CARD, lambda file: file.write((json.dumps(card.to_json(), indent=2) + "\n").encode()))
+    batch = torch.export.Dim("batch", min=1)
+    inputs = example.repeat(2, *[1] * (example.ndim - 1))  # a batch of one would be traced as a constant
+    try:
+        program = torch.export.export(model, (inputs,), dynamic_shapes=({0: batch},))
+    except Exception as error:  # noqa: BLE001 - tracing runs the model's own code, which may raise anything
+        (folder / PROGRAM).unlink(missing_ok=True)
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    write_durably(folder / PROGRAM, lambda file: torch.export.save(program, file))
+    return None
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write a model's weights as safetensors, tensors that are tied only once."""
+    partial = path.with_name(f".{path.name}.partial")
+    with clear_os_errors(path):
+        try:
+            save_model(model, str(partial))
+            data = partial.read_bytes()
+        finally:
+            partial.unlink(missing_ok=True)
+    write_durably(path, lambda file: file.write(data))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Fill a model with the weights of a safetensors file.
+
+    Raises:
+        StudentError: the file is missing, damaged, or of another model.
+    """
+    if not path.is_file():
+        raise StudentError(f"weights '{path}': expected a .safetensors file, got nothing there; check the path")
+    try:
+        load_model(model, str(path))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise StudentError(
+            f"weights '{path}': expected whole weights of this student, got others ({reason}); give the student's own"
+        ) from error
+
+
+def load_student(path: Path) -> tuple[nn.Module, StudentCard]:
+    """A trained student on the CPU in evaluation mode, and its card: averaged weights where the run averaged.
+
+    Args:
+        path: folder of a run, a `.safetensors` file with its `student.json` beside it, or a checkpoint.
+
+    Raises:
+        StudentError: nothing is there, or it can't be used.
+    """
+    if path.is_dir():
+        path = path / (WEIGHTS if (path / WEIGHTS).is_file() else CHECKPOINT)
+    if path.suffix == ".safetensors":
+        card = load_card(path.with_name(CARD))
+        model = build_model(card.student, card.num_classes, card.input_shape)
+        load_weights(path, model)
+    else:
+        checkpoint = load_checkpoint(path)
+        card = StudentCard.from_json(checkpoint["card"])
+        model = build_model(card.student, card.num_classes, card.input_shape)
+        load_state(path, model, checkpoint["ema"] or checkpoint["model"])
+    return model.eval(), card
+
+
+def load_card(path: Path) -> StudentCard:
+    """The card in a file.
+
+    Raises:
+        StudentError: it is missing or damaged.
+    """
+    try:
+        return StudentCard.from_json(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise StudentError(
+            f"student '{path}': expected the card that `studenttrain fit` writes beside the weights, got none; "
+            "keep both in one folder, or give the folder of the run"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StudentError(
+            f"student '{path}': expected a student's card, got a damaged file ({error}); take another copy"
+        ) from error
+
+
+def load_state(path: Path, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Fill a model with the weights of a checkpoint.
+
+    Raises:
+        StudentError: they are of another model: the code behind the spec was changed.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise StudentError(
+            f"checkpoint '{path}': expected weights of this student, got others ({reason}); "
+            "bring back the code that the student was made of, or start a new run"
+        ) from error

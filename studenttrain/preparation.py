@@ -1,0 +1,261 @@
+"""What a run needs before its first step, opened and held against the store, cheap checks first."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from storage.console import progress
+from storage.corpus import Corpus, Preprocess, check_preprocess, open_corpus, verify_corpus, verify_hard_targets
+from storage.errors import CorpusError, MismatchError, PathError, StudentError
+from storage.reader import Store
+from studenttrain.checks import (
+    Objective,
+    check_class_names,
+    check_hard_targets,
+    check_row_count,
+    check_same_classes,
+    choose_objective,
+    open_targets,
+    say_meeting,
+    store_identity,
+)
+from studenttrain.config import FitConfig
+from studenttrain.export import CARD, StudentCard, load_card, load_state, load_student, load_weights
+from studenttrain.models import build_model
+
+MAX_READERS = 8
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What the student is tried on after each epoch.
+
+    Attributes:
+        corpus: with hard targets, or with a store, or both.
+        store: targets stored from it by the teacher, or None.
+    """
+
+    corpus: Corpus
+    store: Store | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run reads, found to fit together.
+
+    Attributes:
+        store: the soft targets.
+        corpus: the samples that they belong to.
+        preprocess: how a sample becomes the student's input, as the store says.
+        hard_targets: int32 (num_rows,), -1 where unknown, of the corpus or else the store; None where none has any.
+        objective: what is minimised.
+        validation: what the student is tried on, or None.
+        card: what the student will be.
+        readers: threads that read samples.
+    """
+
+    store: Store
+    corpus: Corpus
+    preprocess: Preprocess
+    hard_targets: NDArray[np.int32] | None
+    objective: Objective
+    validation: Validation | None
+    card: StudentCard
+    readers: int
+
+    @property
+    def own_hard_targets(self) -> NDArray[np.int32] | None:
+        """The hard targets, where the store has none, so that nothing else tells whether they are the same ones."""
+        return None if self.store.manifest.has_hard_targets else self.hard_targets
+
+
+def prepare(config: FitConfig, store: Store, stack: contextlib.ExitStack) -> Prepared:
+    """Open what the options name, and hold it against the store; no sample is read but a few for their size.
+
+    Args:
+        config: the options.
+        store: the soft targets.
+        stack: closes what is opened here.
+
+    Raises:
+        StoreError: something does not fit.
+        ValueError: options that contradict each other, or that would be ignored.
+    """
+    corpus = open_corpus(config.data, config.corpus_kind, config.labels, config.array)
+    preprocess = stored_preprocess(store)
+    check_preprocess(preprocess, corpus)
+    hard_targets = check_hard_targets(corpus, store.manifest.num_classes)
+    if hard_targets is None and store.manifest.has_hard_targets:
+        hard_targets = stored_hard_targets(store)
+    objective = choose_objective(config, store.manifest, hard_targets is not None and bool((hard_targets >= 0).any()))
+    return Prepared(
+        store=store,
+        corpus=corpus,
+        preprocess=preprocess,
+        hard_targets=hard_targets,
+        objective=objective,
+        validation=_open_validation(config, store, preprocess, stack),
+        card=StudentCard(
+            student=config.student,
+            input_shape=preprocess.shape,
+            num_classes=store.manifest.num_classes,
+            class_names=store.manifest.class_names,
+            preprocess=dict(store.manifest.preprocess),
+            store=store_identity(store),
+        ),
+        readers=config.readers or default_readers(),
+    )
+
+
+def default_readers() -> int:
+    """Threads that read samples: one for each core, at most 8."""
+    return min(MAX_READERS, len(os.sched_getaffinity(0)))
+
+
+def stored_preprocess(store: Store) -> Preprocess:
+    """How the store says that a sample becomes an input.
+
+    Raises:
+        MismatchError: in a way that this release does not know.
+    """
+    try:
+        return Preprocess.from_json(store.manifest.preprocess)
+    except (ValueError, KeyError, TypeError) as error:
+        raise MismatchError(
+            f"store '{store.path}': expected a preprocessing that this release knows, got another ({error}); "
+            "install the release that made the store, or a newer one"
+        ) from error
+
+
+def stored_hard_targets(store: Store) -> NDArray[np.int32]:
+    """The hard targets of a store's sealed rows, int32 (num_rows,), -1 elsewhere."""
+    hard_targets = np.full(store.manifest.num_rows, -1, np.int32)
+    for shard in store.sealed_shards():
+        start, stop = store.layout.shard_bounds(shard)
+        hard_targets[start:stop] = store.read(["hard_target"], start, stop)["hard_target"]
+    return hard_targets
+
+
+def _open_validation(
+    config: FitConfig, store: Store, preprocess: Preprocess, stack: contextlib.ExitStack
+) -> Validation | None:
+    if config.val_data is None:
+        return None
+    corpus = open_corpus(config.val_data, None, config.val_labels)
+    check_preprocess(preprocess, corpus)
+    names, whose = store.manifest.class_names, f"store '{store.path}'"
+    check_class_names(f"corpus '{config.val_data}'", corpus.class_names, names, whose)
+    hard_targets = check_hard_targets(corpus, store.manifest.num_classes)
+    if config.val_targets is None:
+        if hard_targets is None:
+            raise CorpusError(
+                f"corpus '{config.val_data}': expected hard targets to validate on, got none; give --val-labels, or "
+                "--val-targets"
+            )
+        return Validation(corpus, None)
+    val_store = stack.enter_context(open_targets(config.val_targets))
+    check_same_classes(val_store, store.manifest.num_classes, names, whose)
+    check_row_count(val_store, corpus)
+    if val_store.manifest.teacher.get("digest") != store.manifest.teacher.get("digest"):
+        raise MismatchError(
+            f"store '{config.val_targets}': expected targets of the teacher that made '{store.path}', got another's; "
+            "dump the validation corpus with the same teacher"
+        )
+    return Validation(corpus, val_store)
+
+
+def look_at_data(prepared: Prepared, quiet: bool) -> None:
+    """Hold all samples of the sealed rows, and their hard targets, against the store, and say how well these meet.
+
+    Raises:
+        CorpusMismatchError: a sample or a hard target differs; the message names the first row and its key.
+    """
+    store, corpus = prepared.store, prepared.corpus
+    with (
+        ThreadPoolExecutor(prepared.readers) as pool,
+        progress(store.num_sealed_rows, "rows", "checking the corpus", quiet=quiet) as bar,
+    ):
+        verify_corpus(store, corpus, bar, pool)
+    verify_hard_targets(store, corpus)
+    if prepared.hard_targets is not None:
+        say_meeting(store, prepared.hard_targets, quiet)
+
+
+def build_student(config: FitConfig, store: Store, input_shape: tuple[int, ...], begins: bool = True) -> nn.Module:
+    """The student of the spec, for the store's classes and inputs, with random or given weights, on the CPU.
+
+    Args:
+        config: the options.
+        store: what it will learn from.
+        input_shape: of one input.
+        begins: whether the run begins; where it goes on, the weights to begin with may be gone.
+
+    Raises:
+        StudentError: it can't be built, does not fit the store, or the weights are not its own.
+        MismatchError: the weights are of other classes.
+    """
+    student = build_model(config.student, store.manifest.num_classes, input_shape)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise StudentError(f"student '{config.student}': expected weights that learn, got none; give another student")
+    if config.init is None or not (begins or Path(config.init).exists()):
+        return student
+    path = Path(config.init)
+    card_path = path / CARD if path.is_dir() else path.with_name(CARD)
+    if card_path.is_file():
+        names, expected = load_card(card_path).class_names, store.manifest.class_names
+        check_class_names(f"weights '{config.init}'", names, expected, f"store '{store.path}'")
+    if path.suffix == ".safetensors":
+        load_weights(path, student)
+    else:
+        begun, _ = load_student(path)
+        load_state(path, student, begun.state_dict())
+    return student
+
+
+def open_folder(out: str) -> Path:
+    """The folder of a run, made where it is not there.
+
+    Raises:
+        PathError: something else has its name, or it can't be written.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe.partial"
+        probe.touch()
+        probe.unlink()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise PathError(f"{out}: expected a folder, or nothing, got a file; give --out another path") from error
+    except OSError as error:
+        raise PathError(
+            f"{out}: expected a folder that can be written, got '{error.strerror}'; give --out another path"
+        ) from error
+    return folder
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, so that no second `fit` writes into it; a process that dies gives it back.
+
+    Raises:
+        PathError: another one holds it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PathError(
+                f"{folder}: expected a folder that no other run writes to, got one in use; wait for that "
+                "studenttrain fit, or give --out another folder"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield

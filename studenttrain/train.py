@@ -1,0 +1,356 @@
+"""The training loop: a student learns from stored soft targets, from wherever it stands to the end of the run."""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from storage.console import format_count, progress
+from studenttrain.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from studenttrain.checks import check_same_data, check_same_run, check_same_store, data_identity, open_targets
+from studenttrain.config import FitConfig, parse_interval
+from studenttrain.distributed import World, join_world
+from studenttrain.ending import FitResult, end_run, ended_run
+from studenttrain.evaluate import evaluate
+from studenttrain.figures import EvalFigures
+from studenttrain.interruption import Interrupted, StopRequest, stop_requests
+from studenttrain.learner import Learner, build_learner
+from studenttrain.loss import target_arrays
+from studenttrain.metrics import MetricsLog, StepLog
+from studenttrain.precision import check_precision
+from studenttrain.preparation import Prepared, build_student, lock_folder, look_at_data, open_folder, prepare
+from studenttrain.schedule import learning_rate
+from studenttrain.step import Counts, LearningBatch, count_rows, load_batch, train_step
+from studenttrain.stream import StudentBatch, TargetStream
+
+# The end of an epoch is no reason to write again what was written so short a time ago.
+LEAST_SAVE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same while a student learns.
+
+    Attributes:
+        config: the options.
+        prepared: what is read.
+        world: this rank of how many.
+        folder: where the run writes.
+        data: what identifies the objective and the data beside the store, for the checkpoint.
+        quiet: whether nothing is printed.
+    """
+
+    config: FitConfig
+    prepared: Prepared
+    world: World
+    folder: Path
+    data: Mapping[str, Any]
+    quiet: bool
+
+
+def fit(config: FitConfig, quiet: bool = False) -> FitResult:
+    """Train a student on a store, or go on with a run that was begun with the same options.
+
+    Under `torchrun` every rank calls it; the first one writes and speaks.
+
+    Args:
+        config: what is trained, on what, and how.
+        quiet: print nothing but warnings.
+
+    Returns:
+        What came of it. Where the run had ended before, that, at once.
+
+    Raises:
+        StoreError: something that the user can mend; the message says how.
+        ValueError: options that contradict each other, or that would be ignored.
+        Interrupted: SIGINT or SIGTERM stopped the run, and a checkpoint was written.
+    """
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(join_world(config.device))
+        check_precision(config.precision, world.device)
+        quiet = quiet or not world.is_main
+        folder = open_folder(config.out)
+        if world.is_main:
+            stack.enter_context(lock_folder(folder))
+        path = folder / CHECKPOINT
+        checkpoint = load_checkpoint(path) if path.is_file() else None
+        store = stack.enter_context(open_targets(config.targets))
+        if checkpoint is not None:
+            check_same_run(checkpoint["config"], config)
+            check_same_store(checkpoint["card"]["store"], store)
+            if (ended := ended_run(folder, checkpoint["step"])) is not None:
+                return ended
+        prepared = prepare(config, store, stack)
+        torch.manual_seed(config.seed)
+        student = build_student(config, store, prepared.preprocess.shape, begins=checkpoint is None)
+        begun_with = student if config.init is not None and Path(config.init).exists() else None
+        data = data_identity(prepared.objective, prepared.own_hard_targets, begun_with)
+        if checkpoint is not None:
+            check_same_data(checkpoint["data"], data, config)
+        world.main_first(lambda: look_at_data(prepared, quiet))
+
+        run = Run(config, prepared, world, folder, data, quiet)
+        learner = build_learner(student, config, world)
+        stream = stack.enter_context(open_stream(run))
+        if checkpoint is not None:
+            learner.restore(checkpoint, world, path)
+            stream.restore(checkpoint["stream"])
+        metrics = stack.enter_context(MetricsLog(folder, learner.step)) if world.is_main else None
+        figures = train(run, learner, stream, metrics)
+        return end_run(config, prepared, world, folder, learner, figures)
+
+
+def train(  # noqa: C901 - the loop is to be read in one piece
+    run: Run, learner: Learner, stream: TargetStream, metrics: MetricsLog | None
+) -> EvalFigures | None:
+    """The loop.
+
+    Returns:
+        Figures of the last validation; None without validation.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came, and a checkpoint was written.
+        StudentError: a loss is not finite.
+    """
+    config, world, objective = run.config, run.world, run.prepared.objective
+    hard_targets = run.prepared.own_hard_targets
+    log = StepLog(metrics, world, objective)
+    saver = Saver(run, learner, stream, metrics, log)
+    figures = None
+
+    def load(batch: StudentBatch) -> LearningBatch:
+        return load_batch(batch, run.prepared.store.manifest, objective, hard_targets, world.device)
+
+    begin_epoch(run, stream)
+    if not run.quiet:
+        click.echo(describe_start(run, learner, stream), err=True)
+    if learner.step == 0:
+        saver.save()  # so that the folder says from the first moment which run it belongs to
+    with (
+        stop_requests() as request,
+        progress(rows_left(run, learner, stream), "rows", "training", quiet=run.quiet) as bar,
+    ):
+        while True:
+            ended = is_over(config, learner.step, stream.epoch)
+            if run.prepared.validation is not None and learner.step and (stream.batch == 0 or ended):
+                figures = validate(run, learner, metrics, saver, request, ended) or figures
+            if ended:
+                return figures
+            begin_epoch(run, stream)
+            epoch, total_steps = stream.epoch, count_steps(config, learner.step, stream)
+            with closing_batches(stream) as batches:
+                for group in groups(batches, config.accumulate):
+                    # all ranks must save, and stop, after the same step: what they wish is added up with their counts
+                    mine = count_rows(group, objective, hard_targets)
+                    sums = [mine.rows, mine.hard, int(saver.is_due()), request.signal if world.is_main else 0]
+                    *counted, is_due, signal = world.sum(torch.tensor(sums)).tolist()
+                    counts = Counts(*counted)
+                    lr = learning_rate(config.lr, config.schedule, learner.step, total_steps, config.warmup_steps)
+                    losses = train_step(
+                        learner, group, load, objective, counts, world,
+                        lr=lr, precision=config.precision, clip_norm=config.clip_norm,
+                    )  # fmt: skip
+                    learner.num_rows_seen += counts.rows
+                    log.add(learner.step, epoch, lr, losses)
+                    bar.advance(sum(len(batch.rows_N) for batch in group) * world.size)
+                    bar.note(f"epoch {epoch + 1}, loss {log.last_loss:.4g}")
+                    if signal or (request.signal and world.size == 1):
+                        saver.save()
+                        raise interrupted(config, learner.step, signal or request.signal)
+                    if is_due:
+                        saver.save()
+                    if is_over(config, learner.step, stream.epoch):
+                        break
+            ended = is_over(config, learner.step, stream.epoch)
+            if ended or world.from_main(saver.seconds() > LEAST_SAVE_S):
+                saver.save()
+
+
+class Saver:
+    """Writes a run's checkpoints, and knows when the last one was.
+
+    Args:
+        run: what stays the same.
+        learner: what changes from step to step.
+        stream: where the student stands in the rows.
+        metrics: made durable before each checkpoint; None on the ranks that write nothing.
+        log: flushed before each checkpoint, so that none is written after a loss that is not finite.
+    """
+
+    def __init__(
+        self, run: Run, learner: Learner, stream: TargetStream, metrics: MetricsLog | None, log: StepLog
+    ) -> None:
+        self._run, self._learner, self._stream, self._metrics, self._log = run, learner, stream, metrics, log
+        self._interval = parse_interval(run.config.checkpoint_every)
+        self._step, self._time = learner.step, time.monotonic()
+
+    def seconds(self) -> float:
+        """Since the last checkpoint."""
+        return time.monotonic() - self._time
+
+    def is_due(self) -> bool:
+        """Whether the step that comes ends the interval; the main rank alone decides."""
+        return self._run.world.is_main and self._interval.is_over(self._learner.step + 1 - self._step, self.seconds())
+
+    def save(self) -> None:
+        """Write a checkpoint. Every rank calls it after the same step."""
+        self._log.flush()
+        state = self._learner.state(self._run.world)
+        if self._run.world.is_main:
+            if self._metrics is not None:
+                self._metrics.sync()
+            fixed = {
+                "stream": self._stream.state(),
+                "config": self._run.config.to_json(),
+                "card": self._run.prepared.card.to_json(),
+                "data": dict(self._run.data),
+            }
+            save_checkpoint(self._run.folder / CHECKPOINT, state | fixed)
+        self._step, self._time = self._learner.step, time.monotonic()
+
+
+def validate(
+    run: Run, learner: Learner, metrics: MetricsLog | None, saver: Saver, request: StopRequest, ended: bool
+) -> EvalFigures | None:
+    """Try the student on the validation corpus and write the figures down; None where that was done before a restart.
+
+    Raises:
+        Interrupted: one rank alone was asked to stop, and a checkpoint was written.
+    """
+    validation = run.prepared.validation
+    assert validation is not None
+    known = run.world.from_main(metrics is not None and learner.step in metrics.validated)
+    if known and not ended:
+        return None
+
+    def advance(count: int) -> None:
+        del count
+        if request.signal and run.world.size == 1:
+            saver.save()
+            raise interrupted(run.config, learner.step, request.signal)
+
+    figures = evaluate(
+        learner.result,
+        validation.corpus,
+        run.prepared.preprocess,
+        run.world,
+        store=validation.store,
+        precision=run.config.precision,
+        readers=run.prepared.readers,
+        advance=advance,
+    )
+    if metrics is not None and not known:
+        metrics.write("validation", learner.step, figures.to_json())
+        metrics.plot("validation", learner.step, figures.to_json())
+    if metrics is not None:
+        metrics.sync()
+    return figures
+
+
+def open_stream(run: Run) -> TargetStream:
+    """The student's stream of samples and of the arrays that the objective needs."""
+    prepared = run.prepared
+    return TargetStream(
+        prepared.store,
+        prepared.corpus,
+        prepared.preprocess,
+        run.config.batch_size,
+        run.config.seed,
+        rank=run.world.rank,
+        world_size=run.world.size,
+        arrays=target_arrays(prepared.store.manifest) if prepared.objective.is_soft else (),
+        readers=prepared.readers,
+    )
+
+
+def begin_epoch(run: Run, stream: TargetStream) -> None:
+    """Fix the shards of the stream's epoch, the same ones on every rank though the dump may be sealing more."""
+    stream.begin_epoch(run.world.from_main(run.prepared.store.sealed_shards()))
+
+
+def groups(batches: Iterator[StudentBatch], size: int) -> Iterator[list[StudentBatch]]:
+    """Batches, so many at a time; the last group of an epoch may be smaller.
+
+    Example:
+        >>> list(groups(iter("abcde"), 2))
+        [['a', 'b'], ['c', 'd'], ['e']]
+    """
+    while group := list(itertools.islice(batches, size)):
+        yield group
+
+
+@contextlib.contextmanager
+def closing_batches(stream: TargetStream) -> Iterator[Iterator[StudentBatch]]:
+    """The rest of the stream's epoch, its reading ahead stopped at the end."""
+    batches = iter(stream)
+    try:
+        yield batches
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()
+
+
+def is_over(config: FitConfig, step: int, epoch: int) -> bool:
+    """Whether so many steps, or epochs, are all of the run."""
+    return step >= config.steps if config.steps is not None else epoch >= (config.epochs or 0)
+
+
+def count_steps(config: FitConfig, step: int, stream: TargetStream) -> int:
+    """Optimizer steps of the whole run, if its other epochs are as long as this one.
+
+    Raises:
+        ValueError: the warm-up would not end.
+    """
+    if config.steps is not None:
+        return config.steps
+    left = -(-(stream.num_batches - stream.batch) // config.accumulate)
+    others = (config.epochs or 0) - stream.epoch - 1
+    total = step + left + others * -(-stream.num_batches // config.accumulate)
+    if config.warmup_steps >= total:
+        raise ValueError(
+            f"warmup_steps: expected fewer than the {total} steps of the run, got {config.warmup_steps}; warm up less"
+        )
+    return total
+
+
+def rows_left(run: Run, learner: Learner, stream: TargetStream) -> int:
+    """Rows that are still to be seen, if the other epochs are as long as this one."""
+    config = run.config
+    if is_over(config, learner.step, stream.epoch):
+        return 0
+    if config.steps is not None:
+        steps_an_epoch = -(-stream.num_batches // config.accumulate)
+        return (config.steps - learner.step) * stream.num_rows // steps_an_epoch
+    return ((config.epochs or 0) - stream.epoch) * stream.num_rows - stream.batch * config.batch_size
+
+
+def describe_start(run: Run, learner: Learner, stream: TargetStream) -> str:
+    """What is about to be trained, in a line or two."""
+    objective, store, config = run.prepared.objective, run.prepared.store, run.config
+    parts = []
+    if objective.is_soft:
+        parts.append(f"{objective.alpha:g} x {objective.loss} at T = {objective.temperature:g}")
+    if objective.is_hard:
+        parts.append(f"{1 - objective.alpha:g} x hard targets")
+    begin = "training" if learner.step == 0 else f"going on after step {format_count(learner.step)}:"
+    text = f"{begin} {config.student} on {format_count(stream.num_rows)} rows ({' + '.join(parts)}), {run.world.device}"
+    if stream.num_rows < store.manifest.num_rows and not store.finalized:
+        text += (
+            f"\n{format_count(stream.num_rows)} of {format_count(store.manifest.num_rows)} rows are sealed so far; "
+            "each epoch takes those that are sealed when it begins"
+        )
+    return text
+
+
+def interrupted(config: FitConfig, step: int, signal: int) -> Interrupted:
+    """What to raise once a checkpoint is written."""
+    return Interrupted(
+        f"stopped after step {format_count(step)}; the checkpoint is in {config.out}: to go on, run the same command",
+        signal,
+    )
