@@ -4,6 +4,8 @@ A message reads `<where>: expected <this>, got <that>; <what to do>`. The comman
 line and exit code 1.
 """
 
+from typing import Self
+
 
 class StoreError(Exception):
     """Something about a store, its corpus or its models that the caller can mend."""
@@ -50,6 +52,17 @@ class DamageError(StoreError):
         self.shard = shard
         self.array = array
         self.chunk = chunk
+
+    @classmethod
+    def in_shard(cls, where: object, array: str, shard: int, chunk: int | None, expected: str) -> Self:
+        """The error of one array of a shard; `expected` goes on as `expected ..., got ...`."""
+        place = f"array {array!r}, shard {shard}" + ("" if chunk is None else f", chunk {chunk}")
+        return cls(
+            f"{where}: {place}: expected {expected}; take another copy of the store, or dump this shard again",
+            shard=shard,
+            array=array,
+            chunk=chunk,
+        )
 
 
 class NotSealedError(StoreError):

@@ -31,8 +31,8 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("num_rows", "shard_rows", "chunk_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a whole number, at least 1, got {getattr(self, name)}")
         if self.shard_rows % self.chunk_rows:
             raise ValueError(
                 f"shard_rows: expected a multiple of chunk_rows ({self.chunk_rows}), got {self.shard_rows}; "

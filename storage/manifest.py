@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -13,6 +13,7 @@ from storage.layout import Layout
 
 FORMAT_NAME = "logit-store"
 FORMAT_VERSION = (1, 0)
+MOST_CHUNK_BYTES = (2 << 30) - 64  # of one array: what Blosc takes
 
 Compressor = Literal["none", "zstd"]
 
@@ -35,6 +36,8 @@ class Manifest:
         has_hard_targets: whether the corpus had true classes.
         compressor: of every chunk: `none`, or `zstd` after byte shuffle.
         provenance: when, where and with which software it was made; not part of what the store says.
+        format_version: of the format that the store is written in.
+        extra: fields of a later minor version, kept as they are.
 
     Raises:
         ValueError: a field is out of range, or fields contradict each other.
@@ -53,6 +56,8 @@ class Manifest:
     has_hard_targets: bool
     compressor: Compressor
     provenance: Mapping[str, Any]
+    format_version: str = ".".join(map(str, FORMAT_VERSION))
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         Layout(self.num_rows, self.shard_rows, self.chunk_rows)
@@ -69,6 +74,12 @@ class Manifest:
         if self.compressor not in ("none", "zstd"):
             raise ValueError(f"compressor: expected none or zstd, got {self.compressor!r}")
         self.encoding.arrays(self.num_classes, len(self.temperatures))
+        largest = max(self.arrays, key=lambda spec: spec.row_bytes)
+        if self.chunk_rows * largest.row_bytes > MOST_CHUNK_BYTES:
+            raise ValueError(
+                f"chunk_rows: expected chunks of at most {MOST_CHUNK_BYTES:,} bytes, got "
+                f"{self.chunk_rows * largest.row_bytes:,} in {largest.name!r}; use fewer rows a chunk"
+            )
 
     @cached_property
     def layout(self) -> Layout:
@@ -92,12 +103,13 @@ class Manifest:
         """The manifest as a JSON object, `format` and `format_version` first."""
         value: dict[str, Any] = {
             "format": FORMAT_NAME,
-            "format_version": ".".join(map(str, FORMAT_VERSION)),
+            "format_version": self.format_version,
         }
-        for field in fields(self):
-            value[field.name] = getattr(self, field.name)
+        for option in fields(self):
+            value[option.name] = getattr(self, option.name)
+        value |= value.pop("extra")
         value["encoding"] = self.encoding.to_json()
-        value["temperatures"] = list(self.temperatures)
+        value["temperatures"] = [float(temperature) for temperature in self.temperatures]
         value["class_names"] = None if self.class_names is None else list(self.class_names)
         for name in ("teacher", "corpus", "preprocess", "provenance"):
             value[name] = dict(value[name])
@@ -106,7 +118,7 @@ class Manifest:
     def identity(self) -> dict[str, Any]:
         """What the store says, without how it is packed or who wrote it when: the manifest's part of the digest.
 
-        `chunk_rows`, `compressor` and `provenance` are left out: a copy that packs the same rows otherwise says the same.
+        `chunk_rows`, `compressor` and `provenance` are left out: a copy packed otherwise says the same.
         """
         value = self.to_json()
         for name in ("provenance", "compressor", "chunk_rows"):
@@ -136,7 +148,7 @@ class Manifest:
             )
         version = str(value.get("format_version"))
         try:
-            major = int(version.split(".")[0])
+            major = int(version.split(".", maxsplit=1)[0])
         except ValueError:
             raise DamageError(f"manifest: expected a format version, got {version!r}; take another copy") from None
         if major > FORMAT_VERSION[0]:
@@ -144,7 +156,9 @@ class Manifest:
                 f"manifest: expected format version {FORMAT_VERSION[0]}.x, got {version}; install a newer release"
             )
         try:
-            options = {field.name: value[field.name] for field in fields(cls)}
+            known = {option.name for option in fields(cls)} - {"extra"}
+            options = {name: value[name] for name in known}
+            options["extra"] = {name: value[name] for name in value if name not in known and name != "format"}
             options["encoding"] = encoding_from_json(options["encoding"])
             options["temperatures"] = tuple(float(temperature) for temperature in options["temperatures"])
             if options["class_names"] is not None:

@@ -7,9 +7,8 @@ from typing import Self
 
 import numpy as np
 
-from storage.arrays import Array
+from storage.arrays import Array, ArraySpec
 from storage.backends import Backend, backend_for
-from storage.backends.files import clear_os_errors
 from storage.backends.zarr3 import seal_name
 from storage.errors import DamageError, NotSealedError, PathError
 from storage.layout import Layout
@@ -36,18 +35,28 @@ class Store:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        with clear_os_errors(backend.location):
+        try:
             data = backend.get_record(MANIFEST)
-        if data is None:
-            raise PathError(self._not_a_store())
-        self.manifest: Manifest = parse_manifest(data, f"{self.path}: {MANIFEST}")
-        self.manifest_sha256 = sha256(data)
-        backend.attach(self.manifest)
-        final = backend.get_record(FINAL)
-        self.final: Final | None = None if final is None else Final.from_bytes(final, f"{self.path}: {FINAL}")
-        if self.final is not None and self.final.manifest_sha256 != self.manifest_sha256:
-            raise DamageError(f"{self.path}: expected the manifest that was finalized, got another; take another copy")
+            if data is None:
+                raise PathError(self._not_a_store())
+            self.manifest: Manifest = parse_manifest(data, f"{self.path}: {MANIFEST}")
+            self.manifest_sha256 = sha256(data)
+            backend.attach(self.manifest)
+            self.final: Final | None = self._final()
+        except BaseException:
+            backend.close()
+            raise
         self._sealed = frozenset(() if self.final is None else self.final.sealed)
+        self._checked: set[int] = set()
+
+    def _final(self) -> Final | None:
+        data = self.backend.get_record(FINAL)
+        if data is None:
+            return None
+        final = Final.from_bytes(data, f"{self.path}: {FINAL}")
+        if final.manifest_sha256 != self.manifest_sha256:
+            raise DamageError(f"{self.path}: expected the manifest that was finalized, got another; take another copy")
+        return final
 
     def _not_a_store(self) -> str:
         if not self.backend.exists():
@@ -130,7 +139,7 @@ class Store:
     def read(
         self, names: Sequence[str], start: int, stop: int, out: Mapping[str, Array] | None = None
     ) -> dict[str, Array]:
-        """Rows [start, stop) of the named arrays, every chunk's checksum checked.
+        """Rows [start, stop) of the named arrays, every chunk's checksum checked, and each shard's seal once.
 
         Args:
             names: arrays to read.
@@ -141,20 +150,26 @@ class Store:
         Raises:
             NotSealedError: some of the rows are not sealed.
             DamageError: a checksum does not hold.
-            ValueError: rows that the store does not have, or an array that it does not keep.
+            ValueError: rows that the store does not have, an array that it does not keep, or a wrong `out`.
         """
         specs = {spec.name: spec for spec in self.manifest.arrays}
         for name in names:
             if name not in specs:
                 raise ValueError(f"names: expected one of {', '.join(specs)}, got {name!r}")
+            if out is not None:
+                _check_out(out, specs[name], stop - start)
         pieces = list(self.layout.split(start, stop))
         for shard, _, _ in pieces:
             if shard not in self._sealed and shard not in self.sealed_shards():
                 first, end = self.layout.shard_bounds(shard)
                 raise NotSealedError(
                     f"{self.path}: expected rows {first} to {end - 1} sealed, got shard {shard} without a seal; "
-                    "resume the dump with the same command, or read sealed rows only"
+                    + ("" if self.finalized else "resume the dump with the same command, or ")
+                    + "read sealed rows only"
                 )
+            if shard not in self._checked:
+                self.seal(shard)
+                self._checked.add(shard)
         found = {}
         for name in names:
             spec = specs[name]
@@ -175,12 +190,7 @@ class Store:
         for spec in self.manifest.arrays:
             values = self.backend.read(spec.name, shard, seal.start, seal.stop)
             if array_digests({spec.name: values})[spec.name] != seal.arrays.get(spec.name):
-                raise DamageError(
-                    f"{self.path}: array {spec.name!r}, shard {shard}: expected the sealed sha256 to hold, got another; "
-                    "take another copy of the store, or dump this shard again",
-                    shard=shard,
-                    array=spec.name,
-                )
+                raise DamageError.in_shard(self.path, spec.name, shard, None, "the sealed sha256 to hold, got another")
         return seal
 
     def check_objects(self, seal: Seal) -> None:
@@ -216,6 +226,17 @@ class Store:
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return open_store, (self.path,)
+
+
+def _check_out(out: Mapping[str, Array], spec: ArraySpec, num_rows: int) -> None:
+    values = out.get(spec.name)
+    shape = (num_rows, *spec.row_shape)
+    if values is None:
+        raise ValueError(f"out: expected an array for {spec.name!r}, got none")
+    if values.shape != shape or values.dtype != np.dtype(spec.dtype) or not values.flags.c_contiguous:
+        raise ValueError(
+            f"out: expected {spec.name!r} C-contiguous, {spec.dtype} {shape}, got {values.dtype} {values.shape}"
+        )
 
 
 def num_rows_of(layout: Layout, shards: Sequence[int]) -> int:

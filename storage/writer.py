@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -10,6 +11,7 @@ import numpy as np
 
 from storage.arrays import STATUS_OK, STATUS_UNWRITTEN, Array, Arrays
 from storage.backends import Backend, backend_for
+from storage.backends.files import clear_os_errors
 from storage.backends.zarr3 import seal_name
 from storage.errors import DamageError, MismatchError, NotSealedError, PathError
 from storage.layout import Layout
@@ -66,7 +68,7 @@ class StoreWriter:
                 f"{'; '.join(differences[:3])}{more}; use the same settings, or give --out another path"
             )
         if store.finalized:
-            store.backend.seal_writing({})  # a kill may have left parts behind
+            store.backend.seal_writing({}, store.sealed_shards())  # a kill may have left parts behind
         return cls(store)
 
     @property
@@ -111,26 +113,25 @@ class StoreWriter:
             OutOfSpaceError: the disk is full; the shard is not sealed.
             ValueError: arrays that don't fit the manifest.
         """
-        if self.finalized:
-            raise PathError(f"{self.store.path}: expected a store that is not finalized, got one; give another path")
         start, stop = self.layout.shard_bounds(shard)
         self._check_arrays(arrays, start, stop, quarantine)
-        if self.store.backend.get_record(seal_name(shard)) is not None:
-            return self.store.seal(shard)
-        self.store.backend.write_shard(shard, arrays)
-        objects = self.store.backend.shard_objects(shard)
-        digests = array_digests(arrays)
-        seal = Seal(
-            shard,
-            start,
-            stop,
-            self.store.manifest_sha256,
-            digests,
-            objects,
-            tuple(quarantine),
-        )
-        self.store.backend.put_record(seal_name(shard), seal.to_bytes())
+        backend, digests = self.store.backend, array_digests(arrays)
+        self._check_open()
+        with clear_os_errors(self.store.path), backend.lock_shard(shard):
+            if backend.get_record(seal_name(shard)) is not None:
+                return self.store.seal(shard)
+            backend.write_shard(shard, arrays)
+            objects = backend.shard_objects(shard)
+            seal = Seal(shard, start, stop, self.store.manifest_sha256, digests, objects, tuple(quarantine))
+            if not backend.put_record(seal_name(shard), seal.to_bytes()):
+                self._check_open()
+                return self.store.seal(shard)
         return seal
+
+    def _check_open(self) -> None:
+        """Refuse to write into a finalized store, whoever finalized it."""
+        if self.finalized or self.store.backend.get_record(FINAL) is not None:
+            raise PathError(f"{self.store.path}: expected a store that is not finalized, got one; give another path")
 
     def _check_arrays(
         self,
@@ -176,16 +177,18 @@ class StoreWriter:
                 f"{self.store.path}: expected all {self.layout.num_shards} shards sealed, got {len(sealed)}; "
                 "go on with the same teacherdump run, or finalize at what is sealed: logitstore finalize --partial"
             )
-        seals, state = [], hashlib.sha256()
+        seals, state, num_quarantined = [], hashlib.sha256(), 0
         for shard in sealed:
             seal = self._checked_seal(shard)
             state.update(seal.to_bytes())
-            seals.append(seal)
+            num_quarantined += len(seal.quarantine)
+            seals.append(replace(seal, objects={}, quarantine=()))  # the rest grows with the rows
             if progress is not None:
                 progress(seal.stop - seal.start)
-        self.store.backend.seal_writing({FINAL: self._final_record(seals, state.hexdigest()).to_bytes()})
+        final = self._final_record(seals, state.hexdigest(), num_quarantined)
+        self.store.backend.seal_writing({FINAL: final.to_bytes()}, sealed)
         self.store.close()
-        self.store = Store(self.store.backend)
+        self.store = Store(self.store.backend)  # another's final record, if that was there first
         assert self.store.content_digest is not None
         return self.store.content_digest
 
@@ -200,13 +203,13 @@ class StoreWriter:
                 chunk=error.chunk,
             ) from error
 
-    def _final_record(self, seals: Sequence[Seal], seals_sha256: str) -> Final:
+    def _final_record(self, seals: Sequence[Seal], seals_sha256: str, num_quarantined: int) -> Final:
         shards = tuple(seal.shard for seal in seals)
         return Final(
             content_digest=content_digest(self.manifest, seals),
             complete=len(shards) == self.layout.num_shards,
             num_sealed_rows=num_rows_of(self.layout, shards),
-            num_quarantined=sum(len(seal.quarantine) for seal in seals),
+            num_quarantined=num_quarantined,
             sealed=shards,
             manifest_sha256=self.store.manifest_sha256,
             seals_sha256=seals_sha256,

@@ -4,7 +4,8 @@ A backend knows arrays, shards and named records. It does not know what a seal s
 `storage.reader` do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ HDF5_SUFFIXES = (".h5", ".hdf5")
 class Backend(Protocol):
     """One place for one store.
 
-    Records are small named bytes (`manifest.json`, `seals/00000003.json`, `final.json`), created once and never changed.
+    Records are small named bytes (`manifest.json`, `seals/00000003.json`, `final.json`), created once, never changed.
     """
 
     @property
@@ -52,6 +53,9 @@ class Backend(Protocol):
     def list_seals(self) -> list[int]:
         """Indices of the shards that have a seal record, ascending."""
 
+    def lock_shard(self, shard: int) -> AbstractContextManager[None]:
+        """What a writer holds from before it looks for a shard's seal until the seal is there: others wait."""
+
     def write_shard(self, shard: int, arrays: Mapping[str, Array]) -> None:
         """Write all arrays of one shard durably, over what an unsealed attempt left."""
 
@@ -65,7 +69,7 @@ class Backend(Protocol):
         """
 
     def shard_objects(self, shard: int) -> dict[str, dict[str, Any]]:
-        """Key, `num_bytes` and `xxh3_128` of every object of a shard, as they lie; empty where they can't be told apart."""
+        """Key, `num_bytes` and `xxh3_128` of every object of a shard; empty where they can't be told apart."""
 
     def metadata_objects(self) -> dict[str, dict[str, Any]]:
         """The same of every object that is neither of a shard nor a record."""
@@ -73,8 +77,11 @@ class Backend(Protocol):
     def num_bytes(self) -> int:
         """Bytes of all objects and records."""
 
-    def seal_writing(self, records: Mapping[str, bytes]) -> None:
-        """Nothing will be written any more: bring the store to its final form, with these last records."""
+    def seal_writing(self, records: Mapping[str, bytes], sealed: Collection[int]) -> None:
+        """Nothing will be written any more: bring the store to its final form, with these last records.
+
+        Safe to repeat. Whatever was written of other shards than the sealed ones goes.
+        """
 
     def check_final(self) -> None:
         """Check what only the final form can tell, such as the digest of a whole file.
@@ -88,10 +95,10 @@ class Backend(Protocol):
 
 
 def backend_for(path: str | Path) -> Backend:
-    """The backend that a path's suffix, or what lies there, asks for: `.h5` and `.hdf5` HDF5, else Zarr.
+    """The backend that a path's suffix asks for: `.h5` and `.hdf5` HDF5, else Zarr.
 
     Raises:
-        PathError: the path is a URL, or lies inside something that is not a folder.
+        PathError: the path is a URL.
     """
     if "://" in str(path):
         raise PathError(f"{path}: expected a local path, got a URL; give a path on this machine")

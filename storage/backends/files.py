@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import uuid
 from collections.abc import Iterator
@@ -13,23 +14,30 @@ import xxhash
 from storage.errors import OutOfSpaceError, PathError
 
 READ_BYTES = 8 << 20
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_PATH = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 @contextlib.contextmanager
 def clear_os_errors(path: Path | str) -> Iterator[None]:
-    """Turn a full disk, a read-only folder and a missing path into errors that say what to do."""
+    """Turn a full disk, missing permissions and a path that can't be into errors that say what to do."""
     try:
         yield
     except OSError as error:
         # zarr and h5py wrap the cause now and then; its text still names it
         text = str(error).lower()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "no space left" in text:
+        if error.errno in NO_SPACE or "no space left" in text or "file too large" in text:
             raise OutOfSpaceError(
                 f"{path}: expected room on the disk, got none; free space and run the same command again"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise PathError(
-                f"{path}: expected a place that can be written, got {error.strerror}; choose another"
+                f"{path}: expected a path that may be read and written, got {error.strerror}; choose another"
+            ) from error
+        if error.errno in NO_PATH:
+            raise PathError(
+                f"{path}: expected a path in a folder, got {error.strerror} at {error.filename!r}; choose another"
             ) from error
         raise
 
@@ -39,8 +47,53 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each name durable; nothing where it is there."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        sync_folder(new.parent)
+
+
+@contextlib.contextmanager
+def only_one(path: Path, done: Path) -> Iterator[None]:
+    """Let one process or thread at a time through, and have the others wait; a killed one waits for nobody.
+
+    Args:
+        path: of the lock, a file made for it; it goes when `done` is there.
+        done: what the one that comes through first leaves behind.
+    """
+    make_folder(path.parent)
+    with path.open("ab") as file:
+        with contextlib.suppress(OSError):  # no locks on this file system: then one writer a shard is the caller's duty
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if done.exists():
+                path.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a whole file durably, over what is there."""
+    make_folder(path.parent)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        _write_durably(partial, data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def sync_file(path: Path) -> None:
@@ -58,19 +111,16 @@ def write_new(path: Path, data: bytes) -> bool:
     Returns:
         False where the name is taken; the file that has it is left as it is.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_durably(partial, data)
         try:
             os.link(partial, path)
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            if error.errno not in NO_LINKS:
                 raise
             if path.exists():  # no hard links on this file system: a rename, with a gap between look and leap
                 return False
@@ -79,6 +129,13 @@ def write_new(path: Path, data: bytes) -> bool:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
     return True
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def file_digest(path: Path, start: int = 0) -> dict[str, Any]:

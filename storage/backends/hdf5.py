@@ -8,8 +8,10 @@ copies them into one file, which carries the digest of all its bytes in its user
 import json
 import os
 import shutil
+import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,18 @@ from storage.arrays import Array, ArraySpec
 from storage.backends.files import (
     clear_os_errors,
     file_digest,
+    make_folder,
     sync_file,
     sync_folder,
     write_new,
 )
-from storage.backends.zarr3 import list_seal_files, seal_name
+from storage.backends.sink import Sink
+from storage.backends.zarr3 import list_seal_files, lock_beside, read_record, seal_name
 from storage.errors import DamageError, PathError
 from storage.manifest import Manifest
 
 USER_BLOCK_BYTES = 512
+USER_BLOCK_START = b'{"format": "logit-store"'
 LIBVER = ("v110", "v110")  # superblock, headers and indices with checksums of their own
 GZIP_LEVEL = 1
 
@@ -42,7 +47,9 @@ class Hdf5Backend:
         self._manifest: Manifest | None = None
         self._specs: dict[str, ArraySpec] = {}
         self._file: h5py.File | None = None
+        self._is_ours = False
         self._seal_records: dict[str, bytes] | None = None
+        self._opening = threading.Lock()
 
     @property
     def location(self) -> str:
@@ -51,17 +58,17 @@ class Hdf5Backend:
 
     def exists(self) -> bool:
         """Whether the file or its parts are there."""
-        return self.path.exists() or self.parts.exists()
+        with clear_os_errors(self.path):
+            return self.path.exists() or self.parts.exists()
 
     def create(self, manifest: Manifest) -> None:
         """Make the folder of parts."""
         if self.path.exists():
             raise PathError(f"{self.path}: expected nothing, or a logit store, got something else; give another path")
-        if self.parts.exists() and any(not name.endswith(".partial") for name in os.listdir(self.parts)):
+        if self.parts.exists() and any(left.suffix != ".partial" for left in self.parts.iterdir()):
             raise PathError(f"{self.parts}: expected nothing, or parts of a logit store; give another path")
         with clear_os_errors(self.path):
-            self.parts.mkdir(parents=True, exist_ok=True)
-            sync_folder(self.parts.parent)
+            make_folder(self.parts)
         self.attach(manifest)
 
     def attach(self, manifest: Manifest) -> None:
@@ -71,16 +78,24 @@ class Hdf5Backend:
 
     def _final(self) -> h5py.File | None:
         """The final file, opened once; None while there are only parts."""
-        if self._file is None and self.path.exists():
-            if self.path.is_dir() or not h5py.is_hdf5(self.path):
-                raise PathError(f"{self.path}: expected an HDF5 file, got something else; give another path")
-            try:
-                self._file = h5py.File(self.path, "r")
-            except OSError as error:
-                raise DamageError(
-                    f"{self.path}: expected an HDF5 file that opens, got {error}; take another copy"
-                ) from error
-        return self._file
+        with self._opening:
+            if self._file is None and self.path.exists():
+                self._file = self._open_final()
+            return self._file
+
+    def _open_final(self) -> h5py.File:
+        is_folder = self.path.is_dir()
+        if not is_folder:
+            with clear_os_errors(self.path), self.path.open("rb") as raw:  # an error of its own for each reason
+                self._is_ours = raw.read(len(USER_BLOCK_START)) == USER_BLOCK_START
+        if is_folder or not (self._is_ours or h5py.is_hdf5(self.path)):
+            raise PathError(f"{self.path}: expected an HDF5 file, got something else; give another path")
+        try:
+            return h5py.File(self.path, "r", locking=False)  # final: nobody writes it
+        except (OSError, RuntimeError) as error:
+            raise DamageError(
+                f"{self.path}: expected an HDF5 file that opens, got {error}; take another copy"
+            ) from error
 
     def put_record(self, name: str, data: bytes) -> bool:
         """Write a record file among the parts."""
@@ -93,18 +108,16 @@ class Hdf5Backend:
         """A record of the final file, or among the parts."""
         file = self._final()
         if file is None:
-            try:
-                return (self.parts / name).read_bytes()
-            except (FileNotFoundError, NotADirectoryError):
-                return None
+            data = read_record(self.parts, name)
+            file = self._final() if data is None else None  # it may have been finalized just now
+            if file is None:
+                return data
         try:
-            records = file.get("records")
-            if not isinstance(records, h5py.Group):
-                return None
             if name.startswith("seals/"):
                 return self._seals(file).get(name)
-            value = records.get(name)
-            return bytes(value[()].tobytes()) if isinstance(value, h5py.Dataset) else None
+            if not self._is_ours and f"records/{name}" not in file:
+                return None
+            return bytes(file[f"records/{name}"][()].tobytes())
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise DamageError(
                 f"{self.path}: expected a readable record {name!r}, got {error}; take another copy"
@@ -121,23 +134,30 @@ class Hdf5Backend:
         """Shards that are sealed."""
         file = self._final()
         if file is None:
-            return list_seal_files(self.parts / "seals")
+            seals = list_seal_files(self.parts / "seals")
+            file = self._final()  # it may have been finalized just now
+            if file is None:
+                return seals
         try:
             return sorted(int(name[6:-5]) for name in self._seals(file))
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise DamageError(f"{self.path}: expected readable seals, got {error}; take another copy") from error
+
+    def lock_shard(self, shard: int) -> AbstractContextManager[None]:
+        """A file lock beside the seal, among the parts."""
+        return lock_beside(self.parts / seal_name(shard))
 
     def write_shard(self, shard: int, arrays: Mapping[str, Array]) -> None:
         """Write one part aside, make it durable and rename it."""
         assert self._manifest is not None
         path = self._part(shard)
         with clear_os_errors(self.path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             for left in path.parent.glob(f"{path.name}.*.partial"):
                 left.unlink(missing_ok=True)
             partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
             try:
-                with h5py.File(partial, "w", libver=LIBVER) as file:
+                with _new_file(partial) as (file, _):
                     for name, values in arrays.items():
                         dataset = self._create_dataset(file, self._specs[name], len(values))
                         dataset[...] = values
@@ -146,7 +166,6 @@ class Hdf5Backend:
             finally:
                 partial.unlink(missing_ok=True)
             sync_folder(path.parent)
-            sync_folder(self.parts)
 
     def _create_dataset(self, file: h5py.File, spec: ArraySpec, num_rows: int) -> h5py.Dataset:
         assert self._manifest is not None
@@ -185,17 +204,20 @@ class Hdf5Backend:
         first, _ = self._manifest.layout.shard_bounds(shard)
         path = self._part(shard)
         try:
-            with h5py.File(path, "r") as part:
+            with h5py.File(path, "r", locking=False) as part:
                 return self._read_from(part, name, shard, start - first, stop - first, first)
-        except OSError as error:
-            raise _damage(self.path, name, shard, None, f"a part that opens, got {error}") from error
+        except (OSError, RuntimeError) as error:
+            file = self._final()
+            if file is not None:  # it was finalized just now
+                return self._read_from(file, name, shard, start, stop, 0)
+            raise DamageError.in_shard(self.path, name, shard, None, f"a part that opens, got {error}") from error
 
     def _read_from(self, file: h5py.File, name: str, shard: int, start: int, stop: int, offset: int) -> Array:
         spec = self._specs[name]
         try:
             dataset = file[name]
             if dataset.shape[1:] != spec.row_shape or dataset.dtype != np.dtype(spec.dtype) or stop > len(dataset):
-                raise _damage(
+                raise DamageError.in_shard(
                     self.path,
                     name,
                     shard,
@@ -206,7 +228,7 @@ class Hdf5Backend:
             return result
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
             chunk = self._bad_chunk(file, name, shard, offset)
-            raise _damage(self.path, name, shard, chunk, "its checksum to hold, got another") from error
+            raise DamageError.in_shard(self.path, name, shard, chunk, "its checksum to hold, got another") from error
 
     def _bad_chunk(self, file: h5py.File, name: str, shard: int, offset: int) -> int | None:
         """The first chunk of a shard that can't be read."""
@@ -235,26 +257,28 @@ class Hdf5Backend:
             return self.path.stat().st_size
         return sum(Path(folder, name).stat().st_size for folder, _, files in os.walk(self.parts) for name in files)
 
-    def seal_writing(self, records: Mapping[str, bytes]) -> None:
+    def seal_writing(self, records: Mapping[str, bytes], sealed: Collection[int]) -> None:
         """Copy all sealed parts into one file, put its digest into the user block, rename it, remove the parts."""
         if not self.path.exists():
             with clear_os_errors(self.path):
-                self._pack(records)
+                self._pack(records, sorted(sealed))
         if self.parts.exists():  # also those that a kill between the rename and here left
-            shutil.rmtree(self.parts)
+            shutil.rmtree(self.parts, ignore_errors=True)
 
-    def _pack(self, records: Mapping[str, bytes]) -> None:
+    def _pack(self, records: Mapping[str, bytes], shards: list[int]) -> None:
         assert self._manifest is not None
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        shards = list_seal_files(self.parts / "seals")
+        partial = self.parts / f"{uuid.uuid4().hex}.partial"  # goes with the parts, if this is killed
+        for left in self.parts.glob("*.partial"):
+            left.unlink(missing_ok=True)
         try:
-            with h5py.File(partial, "w", libver=LIBVER, userblock_size=USER_BLOCK_BYTES) as file:
+            with _new_file(partial, userblock_size=USER_BLOCK_BYTES) as (file, sink):
                 for spec in self._specs.values():
                     self._create_dataset(file, spec, self._manifest.num_rows)
                 for shard in shards:
                     start, stop = self._manifest.layout.shard_bounds(shard)
                     for name in self._specs:
                         file[name][start:stop] = self.read(name, shard, start, stop)
+                        sink.check()
                 seals = b"".join((self.parts / seal_name(shard)).read_bytes() for shard in shards)
                 manifest = (self.parts / "manifest.json").read_bytes()
                 for name, data in {
@@ -279,7 +303,7 @@ class Hdf5Backend:
             block = file.read(USER_BLOCK_BYTES)
         if block != _user_block(file_digest(self.path, USER_BLOCK_BYTES)):
             raise DamageError(
-                f"{self.path}: expected the digest of the whole file to hold, got another; take another copy of the store"
+                f"{self.path}: expected the digest of the whole file to hold, got another; take another copy"
             )
 
     def close(self) -> None:
@@ -287,6 +311,20 @@ class Hdf5Backend:
         if self._file is not None:
             self._file.close()
             self._file = None
+            self._seal_records = None
+
+
+@contextmanager
+def _new_file(path: Path, **options: Any) -> Iterator[tuple[h5py.File, Sink]]:
+    """A new HDF5 file, and what tells whether it could be written so far."""
+    with Sink(path) as sink:
+        try:
+            with h5py.File(sink, "w", libver=LIBVER, **options) as file:
+                yield file, sink
+        except (OSError, RuntimeError):
+            sink.check()  # the cause, if HDF5 stumbled over what was dropped
+            raise
+        sink.check()
 
 
 def _create_record(file: h5py.File, name: str, data: bytes) -> None:
@@ -299,13 +337,3 @@ def _user_block(digest: Mapping[str, Any]) -> bytes:
     """One JSON line, padded with zeros to the user block's size."""
     line = json.dumps({"format": "logit-store", "user_block": USER_BLOCK_BYTES, **digest}) + "\n"
     return line.encode().ljust(USER_BLOCK_BYTES, b"\0")
-
-
-def _damage(path: Path, name: str, shard: int, chunk: int | None, what: str) -> DamageError:
-    place = f"array {name!r}, shard {shard}" + ("" if chunk is None else f", chunk {chunk}")
-    return DamageError(
-        f"{path}: {place}: expected {what}; take another copy of the store, or dump this shard again",
-        shard=shard,
-        array=name,
-        chunk=chunk,
-    )

@@ -1,6 +1,8 @@
 """A store in memory: the model that the property tests compare the others against."""
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from storage.arrays import Array
@@ -18,6 +20,7 @@ class MemoryBackend:
         self.manifest: Manifest | None = None
         self.records: dict[str, bytes] = {}
         self.shards: dict[int, dict[str, Array]] = {}
+        self._lock = threading.Lock()
 
     def exists(self) -> bool:
         """Whether a store was created here."""
@@ -45,6 +48,16 @@ class MemoryBackend:
     def list_seals(self) -> list[int]:
         """Indices of the sealed shards."""
         return sorted(int(name[6:-5]) for name in self.records if name.startswith("seals/"))
+
+    def lock_shard(self, shard: int) -> AbstractContextManager[None]:
+        """One lock for all shards."""
+        del shard
+        return self._locked()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._lock:
+            yield
 
     def write_shard(self, shard: int, arrays: Mapping[str, Array]) -> None:
         """Keep a copy of a shard's arrays."""
@@ -75,8 +88,10 @@ class MemoryBackend:
         arrays = sum(values.nbytes for shard in self.shards.values() for values in shard.values())
         return arrays + sum(map(len, self.records.values()))
 
-    def seal_writing(self, records: Mapping[str, bytes]) -> None:
-        """Keep the last records."""
+    def seal_writing(self, records: Mapping[str, bytes], sealed: Collection[int]) -> None:
+        """Keep the last records and the sealed shards."""
+        for shard in set(self.shards) - set(sealed):
+            del self.shards[shard]
         for name, data in records.items():
             self.put_record(name, data)
 

@@ -5,9 +5,12 @@ read straight into the result, with the same checks, since zarr-python's own rea
 holds both to the same answers.
 """
 
+import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,22 +20,32 @@ import numcodecs.blosc
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.errors import ContainsArrayError, ContainsGroupError
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
 
 from storage.arrays import Array, ArraySpec
 from storage.backends.files import (
     clear_os_errors,
     file_digest,
+    make_folder,
+    only_one,
+    replace_file,
     sync_file,
     sync_folder,
     write_new,
 )
+from storage.backends.mapped import MappedShard
 from storage.errors import DamageError, PathError
-from storage.manifest import Manifest
+from storage.manifest import FORMAT_NAME, Manifest
 
+GROUP = "zarr.json"
 NO_CHUNK = np.iinfo(np.uint64).max
 CRC_BYTES = 4
+BLOSC_HEADER_BYTES = 16
 CACHED_BYTES = 512 << 10  # read at a time and checked before the next, while it is in the second-level cache
+# A store of up to this stays mapped: its pages then count as the process's memory, though the kernel may take them back.
+MAX_MAPPED_BYTES = 512 << 20
+MAX_MAPPED_SHARDS = 256  # each holds an open file
 MAX_PIECES = 512  # buffers of one scattered read; the kernel takes at most 1,024
 SEAL_DIGITS = 8
 
@@ -50,6 +63,7 @@ class ZarrBackend:
         self._specs: dict[str, ArraySpec] = {}
         self._manifest: Manifest | None = None
         self._index = lru_cache(maxsize=256)(self._read_index)
+        self._mapped = lru_cache(maxsize=MAX_MAPPED_SHARDS)(self._map_shard)
 
     @property
     def location(self) -> str:
@@ -58,36 +72,40 @@ class ZarrBackend:
 
     def exists(self) -> bool:
         """Whether there is anything at the path."""
-        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        with clear_os_errors(self.path):
+            return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
 
     def create(self, manifest: Manifest) -> None:
-        """Write the group's and the arrays' metadata."""
-        if self.exists() and not self._only_metadata():
+        """Write the group's and the arrays' metadata, as zarr-python makes it, each file durably and whole."""
+        if self.exists() and not self._begun(manifest):
             raise PathError(
                 f"{self.path}: expected nothing, or a logit store, got something else; give --out another path"
             )
+        metadata: dict[str, Buffer] = {}
+        attributes = {"format": FORMAT_NAME, "format_version": manifest.format_version}
+        group = zarr.create_group(MemoryStore(metadata), zarr_format=3, attributes=attributes)
+        for spec in manifest.arrays:
+            self._create_array(group, spec, manifest)
         with clear_os_errors(self.path):
-            if self.path.is_dir():
-                shutil.rmtree(self.path)  # arrays without a manifest: a creation that was cut off
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                group = zarr.create_group(self.path, zarr_format=3)
-                for spec in manifest.arrays:
-                    self._create_array(group, spec, manifest)
-            except (ContainsGroupError, ContainsArrayError, FileExistsError) as error:
-                raise PathError(f"{self.path}: expected nothing there, got a store just created; try again") from error
-            for folder, _, files in os.walk(self.path):
-                for name in files:
-                    sync_file(Path(folder, name))
-                sync_folder(Path(folder))
+            make_folder(Path(os.path.realpath(self.path)))  # also the target of a link
+            for key in sorted(metadata, key=lambda key: (key != GROUP, key)):  # first what tells that it is a store
+                replace_file(self.path / key, metadata[key].to_bytes())
         self.attach(manifest)
 
-    def _only_metadata(self) -> bool:
-        """Whether the path holds nothing but Zarr metadata: a creation that was cut off before its manifest."""
+    def _begun(self, manifest: Manifest) -> bool:
+        """Whether the path holds nothing but the metadata of a logit store: a creation that was cut off."""
         if not self.path.is_dir():
             return False
-        names = {name for _, _, files in os.walk(self.path) for name in files if not name.endswith(".partial")}
-        return names <= {"zarr.json"}
+        legal = {Path(GROUP), *(Path(spec.name, GROUP) for spec in manifest.arrays)}
+        found = {path.relative_to(self.path) for path in self.path.rglob("*") if not path.is_dir()}
+        found = {path for path in found if path.suffix != ".partial"}
+        if not found:
+            return all(path.parent == self.path and path.suffix == ".partial" for path in self.path.iterdir())
+        try:
+            attributes = json.loads((self.path / GROUP).read_bytes())["attributes"]
+            return found <= legal and attributes["format"] == FORMAT_NAME
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _create_array(self, group: zarr.Group, spec: ArraySpec, manifest: Manifest) -> None:
         codecs: list[Any] = [Crc32cCodec()]
@@ -125,14 +143,15 @@ class ZarrBackend:
 
     def get_record(self, name: str) -> bytes | None:
         """A record file's bytes, or None."""
-        try:
-            return (self.path / name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        return read_record(self.path, name)
 
     def list_seals(self) -> list[int]:
         """Shards that have a seal file."""
         return list_seal_files(self.path / "seals")
+
+    def lock_shard(self, shard: int) -> AbstractContextManager[None]:
+        """A file lock beside the seal."""
+        return lock_beside(self.path / seal_name(shard))
 
     def write_shard(self, shard: int, arrays: Mapping[str, Array]) -> None:
         """Write the shard through zarr-python, then make its files durable."""
@@ -140,6 +159,7 @@ class ZarrBackend:
         start, stop = self._manifest.layout.shard_bounds(shard)
         with clear_os_errors(self.path):
             group = zarr.open_group(self.path, mode="r+", zarr_format=3, use_consolidated=False)
+            folders: dict[Path, None] = {}
             for name, values in arrays.items():
                 self._remove_partials(name, shard)
                 array = group[name]
@@ -147,8 +167,9 @@ class ZarrBackend:
                 array.with_config({"write_empty_chunks": True})[start:stop] = values
                 path = self._shard_path(name, shard)
                 sync_file(path)
-                for folder in path.relative_to(self.path).parents:
-                    sync_folder(self.path / folder)
+                folders |= dict.fromkeys(self.path / folder for folder in path.relative_to(self.path).parents)
+            for folder in folders:
+                sync_folder(folder)
 
     def _remove_partials(self, name: str, shard: int) -> None:
         """Remove what a killed writer of this shard left half written."""
@@ -169,6 +190,8 @@ class ZarrBackend:
         low, high = start - first, stop - first
         if out is None:
             out = np.empty((stop - start, *spec.row_shape), np.dtype(spec.dtype).newbyteorder("<"))
+        if low == high:
+            return out
         # whole chunks go straight into the result, the ragged ends (the store's last chunk too) through a buffer
         whole_low, whole_high = -(-low // chunk_rows), high // chunk_rows
         try:
@@ -182,17 +205,45 @@ class ZarrBackend:
                     begin, end = max(low, chunk * chunk_rows), min(high, (chunk + 1) * chunk_rows)
                     out[begin - low : end - low] = buffer[begin - chunk * chunk_rows : end - chunk * chunk_rows]
         except FileNotFoundError:
-            raise _damage(self.path, name, shard, None, "its object, got none") from None
+            raise DamageError.in_shard(self.path, name, shard, None, "its object, got none") from None
+        except OSError as error:
+            try:
+                with clear_os_errors(self.path):
+                    raise
+            except OSError:
+                expected = f"bytes that can be read, got {error}"
+                raise DamageError.in_shard(self.path, name, shard, None, expected) from error
         return out
+
+    def map_shard(self, name: str, shard: int) -> MappedShard | None:
+        """An array's part of a shard, mapped; None where it can't be, or the store is too large to stay mapped."""
+        return self._mapped(name, shard)
+
+    def _map_shard(self, name: str, shard: int) -> MappedShard | None:
+        assert self._manifest is not None
+        if self._manifest.num_rows * self._manifest.row_bytes > MAX_MAPPED_BYTES:
+            return None
+        path = self._shard_path(name, shard)
+
+        def decompress(chunk: int, payload: Array, out: Array) -> None:
+            self._decompress(payload, out, name, shard, chunk)
+
+        try:
+            status = path.stat()
+            index = self._index(name, shard, status.st_size, (status.st_ino, status.st_mtime_ns))
+            return MappedShard(path, index, None if self._manifest.compressor == "none" else decompress)
+        except (OSError, ValueError):  # `read` says what is wrong
+            return None
 
     def _read_chunks(self, descriptor: int, name: str, shard: int, low: int, values: Array) -> None:
         """Fill `values` (chunks, values of a chunk) with chunks low, low + 1, ... of a shard."""
         assert self._manifest is not None
         rows = values.view(np.uint8)
         status = os.fstat(descriptor)
-        index = self._index(name, shard, status.st_size, status.st_mtime_ns)[low : low + len(rows)]
+        version = (status.st_ino, status.st_mtime_ns)
+        index = self._index(name, shard, status.st_size, version)[low : low + len(rows)]
         for absent in np.flatnonzero(index[:, 0] == NO_CHUNK):
-            raise _damage(self.path, name, shard, low + int(absent), "a chunk, got none")
+            raise DamageError.in_shard(self.path, name, shard, low + int(absent), "a chunk, got none")
         if self._manifest.compressor == "none":
             self._read_plain(descriptor, name, shard, low, rows, index)
             return
@@ -203,19 +254,25 @@ class ZarrBackend:
 
     def _decompress(self, payload: Array, row: Array, name: str, shard: int, chunk: int) -> None:
         """Decompress a chunk into its place; its header must claim just as many bytes as the place has."""
-        claimed = int(payload[4:8].view("<u4")[0]) if len(payload) >= 16 else -1
-        if claimed != len(row):
-            raise _damage(self.path, name, shard, chunk, f"{len(row)} bytes compressed, got {claimed}")
+        whole = len(payload) >= BLOSC_HEADER_BYTES
+        claimed = (int(payload[4:8].view("<u4")[0]), int(payload[12:16].view("<u4")[0])) if whole else None
+        if claimed != (len(row), len(payload)):
+            expected = f"{len(row)} bytes compressed into {len(payload)}, got {claimed}"
+            raise DamageError.in_shard(self.path, name, shard, chunk, expected)
         try:
             numcodecs.blosc.decompress(payload, row)
         except (RuntimeError, ValueError) as error:
-            raise _damage(self.path, name, shard, chunk, f"a chunk that decompresses, got {error}") from error
+            raise DamageError.in_shard(
+                self.path, name, shard, chunk, f"a chunk that decompresses, got {error}"
+            ) from error
 
     def _read_plain(self, descriptor: int, name: str, shard: int, low: int, rows: Array, index: Array) -> None:
         """Read uncompressed chunks with scattered reads, checksums apart, and check each while it is in the cache."""
         stored_bytes = rows.shape[1] + CRC_BYTES
         for other in np.flatnonzero(index[:, 1] != stored_bytes):
-            raise _damage(self.path, name, shard, low + int(other), f"{stored_bytes} bytes, got another length")
+            raise DamageError.in_shard(
+                self.path, name, shard, low + int(other), f"{stored_bytes} bytes, got another length"
+            )
         checksums = np.empty(len(rows), "<u4")
         crc_bytes = checksums.view(np.uint8).reshape(-1, CRC_BYTES)
         batch = min(MAX_PIECES // 2, max(1, CACHED_BYTES // stored_bytes))
@@ -228,24 +285,26 @@ class ZarrBackend:
                 _read_fully(descriptor, pieces, int(index[part[0], 0]), len(part) * stored_bytes, where)
                 for position in part:
                     if google_crc32c.value(rows[position]) != checksums[position]:
-                        raise _damage(self.path, name, shard, low + position, "its checksum to hold, got another")
+                        raise DamageError.in_shard(
+                            self.path, name, shard, low + position, "its checksum to hold, got another"
+                        )
 
     def _checked(self, data: Array, name: str, shard: int, chunk: int, length: int) -> Array:
         """The bytes before a chunk's trailing crc32c, checked."""
         if len(data) != length or length < CRC_BYTES:
-            raise _damage(self.path, name, shard, chunk, f"{length} bytes, got {len(data)}")
+            raise DamageError.in_shard(self.path, name, shard, chunk, f"{length} bytes, got {len(data)}")
         payload = data[:-CRC_BYTES]
         if google_crc32c.value(payload) != int(data[-CRC_BYTES:].view("<u4")[0]):
-            raise _damage(self.path, name, shard, chunk, "its checksum to hold, got another")
+            raise DamageError.in_shard(self.path, name, shard, chunk, "its checksum to hold, got another")
         return payload
 
-    def _read_index(self, name: str, shard: int, num_bytes: int, _changed_ns: int) -> Array:
+    def _read_index(self, name: str, shard: int, num_bytes: int, _version: tuple[int, int]) -> Array:
         """Offset and length of every chunk of a shard, uint64 (chunks, 2), the index's own checksum checked."""
         assert self._manifest is not None
         num_chunks = self._manifest.shard_rows // self._manifest.chunk_rows
         index_bytes = num_chunks * 16 + CRC_BYTES
         if num_bytes < index_bytes:
-            raise _damage(
+            raise DamageError.in_shard(
                 self.path,
                 name,
                 shard,
@@ -255,7 +314,7 @@ class ZarrBackend:
         with self._shard_path(name, shard).open("rb") as file:
             data = np.frombuffer(os.pread(file.fileno(), index_bytes, num_bytes - index_bytes), np.uint8)
         if len(data) != index_bytes or google_crc32c.value(data[:-CRC_BYTES]) != int(data[-CRC_BYTES:].view("<u4")[0]):
-            raise _damage(
+            raise DamageError.in_shard(
                 self.path,
                 name,
                 shard,
@@ -263,6 +322,10 @@ class ZarrBackend:
                 "the checksum of its chunk index to hold, got another",
             )
         index: Array = data[:-CRC_BYTES].view("<u8").reshape(num_chunks, 2)
+        present = index[index[:, 0] != NO_CHUNK]
+        ends = present[:, 0] + present[:, 1]
+        if (ends > num_bytes).any() or (ends < present[:, 0]).any():
+            raise DamageError.in_shard(self.path, name, shard, None, "chunks inside its object, got others")
         return index
 
     def shard_objects(self, shard: int) -> dict[str, dict[str, Any]]:
@@ -273,7 +336,7 @@ class ZarrBackend:
             try:
                 found[path.relative_to(self.path).as_posix()] = file_digest(path)
             except FileNotFoundError:
-                raise _damage(self.path, name, shard, None, "its object, got none") from None
+                raise DamageError.in_shard(self.path, name, shard, None, "its object, got none") from None
         return found
 
     def metadata_objects(self) -> dict[str, dict[str, Any]]:
@@ -295,11 +358,16 @@ class ZarrBackend:
         """Bytes of all files."""
         return sum(Path(folder, name).stat().st_size for folder, _, files in os.walk(self.path) for name in files)
 
-    def seal_writing(self, records: Mapping[str, bytes]) -> None:
-        """Remove what killed writers left half written, then write the last records."""
-        assert self._manifest is not None
-        for partial in self.path.rglob("*.partial"):
-            partial.unlink(missing_ok=True)
+    def seal_writing(self, records: Mapping[str, bytes], sealed: Collection[int]) -> None:
+        """Remove what killed writers left half written or without a seal, then write the last records."""
+        with clear_os_errors(self.path):
+            for partial in self.path.rglob("*.partial"):
+                partial.unlink(missing_ok=True)
+            for name in self._specs:
+                folder = self.path / name / "c"
+                for entry in folder.iterdir() if folder.is_dir() else ():
+                    if entry.name.isdigit() and int(entry.name) not in sealed:
+                        _remove(entry)
         for name, data in records.items():
             self.put_record(name, data)
 
@@ -307,17 +375,41 @@ class ZarrBackend:
         """Nothing: every file has a digest of its own."""
 
     def close(self) -> None:
-        """Forget the chunk indices."""
+        """Forget the chunk indices and the maps."""
         self._index.cache_clear()
+        self._mapped.cache_clear()
+
+
+def read_record(folder: Path, name: str) -> bytes | None:
+    """A record file's bytes, or None where there is none."""
+    with clear_os_errors(folder):
+        try:
+            return (folder / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
 
 def list_seal_files(folder: Path) -> list[int]:
     """Shards that have a seal file in a folder, ascending."""
-    try:
-        names = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
+    with clear_os_errors(folder):
+        try:
+            names = [path.name for path in folder.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    found = (re.fullmatch(rf"([0-9]{{{SEAL_DIGITS},}})\.json", name) for name in names)
+    return sorted(int(match[1]) for match in found if match)
+
+
+def lock_beside(seal: Path) -> AbstractContextManager[None]:
+    """Let one writer at a time write the shard of a seal record."""
+    return only_one(seal.with_name(f"{seal.name}.lock.partial"), seal)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _read_fully(
@@ -340,14 +432,4 @@ def _read_fully(
             break
         got += more
     if got != expected:
-        raise _damage(*where, f"{expected} bytes, got {got}")
-
-
-def _damage(path: Path, name: str, shard: int, chunk: int | None, what: str) -> DamageError:
-    place = f"array {name!r}, shard {shard}" + ("" if chunk is None else f", chunk {chunk}")
-    return DamageError(
-        f"{path}: {place}: expected {what}; take another copy of the store, or dump this shard again",
-        shard=shard,
-        array=name,
-        chunk=chunk,
-    )
+        raise DamageError.in_shard(*where, f"{expected} bytes, got {got}")

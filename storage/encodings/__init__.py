@@ -1,73 +1,14 @@
 """Encodings: soft targets to arrays and back. One encoding a file; each states what it keeps and its error bound."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
-from storage.arrays import Array, Arrays, ArraySpec
 from storage.encodings.dense import Dense
+from storage.encodings.protocol import Encoding, check_temperature
 from storage.encodings.topk import TopK
-from storage.errors import FormatVersionError, MismatchError
+from storage.errors import FormatVersionError
 
 __all__ = ["Dense", "Encoding", "TopK", "check_temperature", "encoding_from_json"]
-
-
-class Encoding(Protocol):
-    """What a store keeps of the teacher's distribution in a row."""
-
-    @property
-    def name(self) -> str:
-        """`dense` or `topk`."""
-
-    @property
-    def losses(self) -> frozenset[str]:
-        """Names of the losses that may be computed from it."""
-
-    @property
-    def error_bound(self) -> str:
-        """One sentence: how far what is read may be from what the teacher said."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The encoding as a JSON object, the inverse of `encoding_from_json`."""
-
-    def arrays(self, num_classes: int, num_temperatures: int) -> tuple[ArraySpec, ...]:
-        """The arrays that the encoding adds to a store.
-
-        Raises:
-            ValueError: the encoding does not fit that many classes.
-        """
-
-    def exact_temperatures(self, temperatures: Sequence[float]) -> tuple[float, ...] | None:
-        """The temperatures at which a row is exact: those declared, or None for any."""
-
-    def encode(self, logits_NC: Array, temperatures: Sequence[float]) -> dict[str, Array]:
-        """All stored floats of finite float32 logits, statistics included: the reference that the device must meet."""
-
-    def logprobs(self, arrays: Arrays, temperature: float, temperatures: Sequence[float]) -> Array:
-        """Log-probabilities at a temperature, float32, natural log.
-
-        dense: shape (N, C). topk: shape (N, K + 1), the kept entries in stored order, then the tail.
-
-        Raises:
-            MismatchError: the temperature is not exact on this encoding.
-        """
-
-
-def check_temperature(encoding: Encoding, temperature: float, temperatures: Sequence[float]) -> None:
-    """Refuse a temperature that is not exact on an encoding.
-
-    Raises:
-        MismatchError: the temperature was not declared when the store was made, and the encoding needs it.
-        ValueError: the temperature is not positive.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
-    exact = encoding.exact_temperatures(temperatures)
-    if exact is not None and temperature not in exact:
-        declared = ", ".join(f"{value:g}" for value in exact)
-        raise MismatchError(
-            f"temperature: expected one that the store declares ({declared}), got {temperature:g}; a {encoding.name} "
-            "store is exact at these only: use one of them, or dump again with that temperature"
-        )
 
 
 def encoding_from_json(value: Mapping[str, Any]) -> Encoding:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 
 from storage.arrays import Array, Arrays, ArraySpec, float_array
+from storage.encodings.protocol import check_temperature
 from storage.encodings.statistics import (
     centred,
     dequantise,
@@ -43,7 +44,8 @@ class Dense:
         """How far a centred logit that is read may be from the teacher's."""
         return {
             "float32": "exact to float32",
-            "float16": "a centred logit is within 2^-11 of itself, or within 2^-25 where it is below 2^-14",
+            "float16": "a centred logit is within 2^-11 of itself, or within 2^-25 where it is below 2^-14, and one "
+            "under -65504 reads as -65504",
             "uint8": "a centred logit is within its row's value_range / 510; -inf reads as -value_range",
         }[self.values]
 
@@ -73,7 +75,7 @@ class Dense:
 
     def logprobs(self, arrays: Arrays, temperature: float, temperatures: Sequence[float]) -> Array:
         """Log-probabilities (N, C) at any temperature, float32, normalised over the stored values."""
-        del temperatures
+        check_temperature(self, temperature, temperatures)
         scaled_NC = loaded_values(arrays).astype(np.float64) / temperature
         return (scaled_NC - logsumexp(scaled_NC)[:, None]).astype(np.float32)
 

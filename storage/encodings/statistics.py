@@ -20,7 +20,7 @@ def centred(logits_NC: Array) -> tuple[Array, Array]:
 
 
 def logsumexp(values_NC: Array) -> Array:
-    """log sum exp over the last axis, in float64; -inf for a row of -inf or no columns."""
+    """Log of the summed exp over the last axis, in float64; -inf for a row of -inf or no columns."""
     values_NC = np.asarray(values_NC, np.float64)
     with np.errstate(divide="ignore"):
         if values_NC.shape[-1] == 0:
@@ -32,7 +32,7 @@ def logsumexp(values_NC: Array) -> Array:
 
 
 def lse(values_NC: Array, temperatures: Sequence[float]) -> Array:
-    """log sum exp of centred logits over each temperature, float32 (N, T), at least 0."""
+    """Log of the summed exp of centred logits over each temperature, float32 (N, T), at least 0."""
     columns = [logsumexp(np.asarray(values_NC, np.float64) / temperature) for temperature in temperatures]
     return np.stack(columns, axis=1).astype(np.float32)
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from storage.arrays import Array, Arrays, ArraySpec, float_array, smallest_uint
 from storage.encodings.dense import loaded_values, stored_values
+from storage.encodings.protocol import check_temperature
 from storage.encodings.statistics import centred, logsumexp, statistics
 from storage.encodings.values import ValueType
-from storage.errors import MismatchError
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class TopK:
         """How far what is read may be from what the teacher said."""
         kept = {
             "float32": "a kept centred logit is exact to float32",
-            "float16": "a kept centred logit is within 2^-11 of itself, or within 2^-25 where it is below 2^-14",
+            "float16": "a kept centred logit is within 2^-11 of itself, or within 2^-25 where it is below 2^-14, and "
+            "one under -65504 reads as -65504",
             "uint8": "a kept centred logit is within its row's value_range / 510",
         }[self.values]
         return f"{kept}; log_tail is exact to float32 at each declared temperature"
@@ -91,11 +92,7 @@ class TopK:
 
         log p(i) = v_i / T - lse - Z and log tail = log_tail - Z, Z = logaddexp(logsumexp_kept, log_tail).
         """
-        if temperature not in temperatures:
-            raise MismatchError(
-                f"temperature: expected one that the store declares ({', '.join(f'{t:g}' for t in temperatures)}), "
-                f"got {temperature:g}; use one of them, or dump again with that temperature"
-            )
+        check_temperature(self, temperature, temperatures)
         column = list(temperatures).index(temperature)
         scaled_NK = loaded_values(arrays).astype(np.float64) / temperature - arrays["lse"][:, column, None]
         buckets = np.concatenate([scaled_NK, arrays["log_tail"][:, column, None].astype(np.float64)], axis=1)
