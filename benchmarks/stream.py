@@ -3,10 +3,11 @@
     python benchmarks/stream.py                       # uncompressed: at least 0.35 of the plain read
     python benchmarks/stream.py --compressor zstd     # at least 0.8 of the compressor's own decompression
 
-Writes a dense float16 store and a flat file of the same values into a temporary folder, reads both once so that they lie
-in the page cache, then reads them in turns: the flat file in order, batch by batch, into one buffer; the store through
-`TargetReader`, whole epochs, every chunk's checksum checked, all rows shuffled. With zstd it also decompresses all
-chunks from memory with as many threads as the stream uses. Prints one JSON object; speeds are in GB/s (10^9) of values.
+Writes a dense float16 store and a flat file of the same values into a temporary folder, reads both once so that they
+lie in the page cache, then reads them in turns: the flat file in order, batch by batch, into one buffer; the store
+through `TargetReader`, whole epochs, every chunk's checksum checked, all rows shuffled. With zstd it also decompresses
+all chunks from memory with as many threads as the stream uses. Prints one JSON object; speeds are in GB/s (10^9) of
+values, each figure the median over the repeats.
 """
 
 import argparse
@@ -121,6 +122,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
+    """Measure, and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--classes", type=int, default=1000)

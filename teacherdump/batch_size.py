@@ -25,7 +25,7 @@ def choose_batch_size(teacher: Teacher, input_shape: tuple[int, ...], most_rows:
     """
     if teacher.device.type == "cuda":
         most = min(most_rows, teacher.max_batch or MOST_ROWS, MOST_ROWS)
-        size = _try_sizes(
+        size = try_sizes(
             lambda rows: _rows_per_s(teacher, (rows, *input_shape)), lambda: _memory_used(teacher.device), most
         )
     else:
@@ -36,7 +36,7 @@ def choose_batch_size(teacher: Teacher, input_shape: tuple[int, ...], most_rows:
     return max(1, min(size, most_rows, teacher.max_batch or size))
 
 
-def _try_sizes(rows_per_s: Callable[[int], float], memory_used: Callable[[], float], most: int) -> int:
+def try_sizes(rows_per_s: Callable[[int], float], memory_used: Callable[[], float], most: int) -> int:
     """Double the size until the rate no longer rises, or the memory is used up; then the smallest that is fast enough.
 
     When even the first size does not fit, it is halved.

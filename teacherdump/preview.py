@@ -77,7 +77,8 @@ class Preview:
         ]
         if self.rows_per_s is None or self.hours is None:
             return "\n".join([*lines, "to do       nothing" if self.finalized else "to do       finalize"])
-        what = f"{format_count(self.num_new_rows)} rows in {format_count(self.num_new_shards)} shards"
+        shards = "1 shard" if self.num_new_shards == 1 else f"{format_count(self.num_new_shards)} shards"
+        what = f"{format_count(self.num_new_rows)} rows in {shards}"
         took = f"{format_duration(self.hours * 3600)} at {format_rate(self.rows_per_s, 'rows')}"
         return "\n".join([*lines, f"to do       {what}, about {took}"])
 

@@ -153,7 +153,7 @@ def prepare(source: Source, say: Say) -> "Job":
         )
     batch_size = config.batch_size or (None if there is None else _begun_with(there, "batch_size"))
     if batch_size is None:
-        batch_size = choose_batch_size(teacher, source.preprocess.shape, draft.shard_rows)
+        batch_size = choose_batch_size(teacher, source.preprocess.shape, min(draft.shard_rows, draft.num_rows))
     if teacher.max_batch is not None and teacher.max_batch < 8:
         say(
             f"note: the program was exported for batches of {teacher.max_batch}, which is slow; "
