@@ -12,9 +12,9 @@ from studenttrain.schedule import SCHEDULES, Schedule
 
 # Options that say where things lie or how they are computed, not what is computed: these may change on going on.
 # The store, the corpora and the weights behind the paths are held to by their digests.
-FREE_ON_RESUME = frozenset(
-    "targets data corpus_kind labels array val_data val_labels val_targets init out device compile checkpoint_every "
-    "readers".split()
+FREE_ON_RESUME = (
+    *("targets", "data", "corpus_kind", "labels", "array", "val_data", "val_labels", "val_targets", "init", "out"),
+    *("device", "compile", "checkpoint_every", "readers"),
 )
 
 

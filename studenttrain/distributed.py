@@ -43,7 +43,8 @@ class World:
         """The sum of a CPU tensor over all ranks, the same on each; over gloo, so that no accelerator has to wait."""
         if self.size > 1:
             values = values.clone()
-            dist.all_reduce(values)
+            with self._errors():
+                dist.all_reduce(values)
         return values
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -63,7 +64,8 @@ class World:
         if self.size == 1:
             return [values]
         found = [torch.empty_like(values) for _ in range(self.size)]
-        dist.all_gather(found, values)
+        with self._errors():
+            dist.all_gather(found, values)
         return found
 
     def from_main(self, value: T) -> T:
@@ -71,10 +73,21 @@ class World:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values)
+        with self._errors():
+            dist.broadcast_object_list(values)
         return values[0]
 
-    def main_first(self, act: Callable[[], None]) -> None:
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Say that it is another rank that stopped, where this one can't reach it any more."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise StudentError(
+                f"rank {self.rank}: expected all {self.size} ranks to go on, got one that stopped; see its message"
+            ) from error
+
+    def main_first(self, act: Callable[[], object]) -> None:
         """Let the main rank do something while the others wait.
 
         Raises:

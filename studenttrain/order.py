@@ -175,20 +175,19 @@ def choose_window_blocks(manifest: Manifest, block_rows: int) -> int:
 
 
 def permutation(size: int, seed: int, epoch: int, stream: int) -> Indices:
-    """A permutation of `size` numbers, int64, one for each (seed, epoch, stream).
+    """A random permutation of `size` numbers, int64, one for each (seed, epoch, stream).
 
     Args:
-        size: at most 2^32.
+        size: at least 0.
         seed: from 0 to 2^64 - 1.
         epoch: from 0 to 2^64 - 1.
         stream: from 0 to 2^64 - 1.
     """
     counter, key = np.array([0, 0, 0, stream], np.uint64), np.array([seed, epoch], np.uint64)
-    random = np.random.Philox(counter=counter, key=key).random_raw(size)
-    # 32 bits sorted in two halves, since numpy sorts 16 bits by radix; stable, so that ties fall alike everywhere
-    order: Indices = np.argsort(random.astype(np.uint16), kind="stable")
-    high = (random >> np.uint64(16)).astype(np.uint16)
-    return order[np.argsort(high[order], kind="stable")]
+    words = np.random.Philox(counter=counter, key=key).random_raw(-(-size // 4))
+    # numpy sorts 16 bits by radix, in a quarter of the time of 64; equal ones, few, stay neighbours in their old order
+    digits = words.astype("<u8", copy=False).view("<u2")[:size]
+    return np.argsort(digits, kind="stable")
 
 
 def check_sealed(sealed: Sequence[Sequence[int]], layout: Layout) -> tuple[tuple[int, int], ...]:

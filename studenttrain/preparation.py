@@ -220,42 +220,31 @@ def build_student(config: FitConfig, store: Store, input_shape: tuple[int, ...],
     return student
 
 
-def open_folder(out: str) -> Path:
-    """The folder of a run, made where it is not there.
+@contextlib.contextmanager
+def hold_folder(out: str) -> Iterator[Path]:
+    """The folder of a run, made where it is not there, and kept from a second `fit`; a process that dies gives it back.
 
     Raises:
-        PathError: something else has its name, or it can't be written.
+        PathError: something else has its name, it can't be written, or another run holds it.
     """
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe.partial"
-        probe.touch()
-        probe.unlink()
+        file = (folder / ".lock").open("w")
     except (FileExistsError, NotADirectoryError) as error:
         raise PathError(f"{out}: expected a folder, or nothing, got a file; give --out another path") from error
     except OSError as error:
         raise PathError(
             f"{out}: expected a folder that can be written, got '{error.strerror}'; give --out another path"
         ) from error
-    return folder
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, so that no second `fit` writes into it; a process that dies gives it back.
-
-    Raises:
-        PathError: another one holds it.
-    """
-    with (folder / ".lock").open("w") as file:
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise PathError(
-                f"{folder}: expected a folder that no other run writes to, got one in use; wait for that "
-                "studenttrain fit, or give --out another folder"
+                f"{out}: expected a folder that no other run writes to, got one in use; wait for it to end, or "
+                "give --out another folder"
             ) from error
         except OSError:
             pass  # a file system without locks
-        yield
+        yield folder

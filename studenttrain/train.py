@@ -24,7 +24,7 @@ from studenttrain.learner import Learner, build_learner
 from studenttrain.loss import target_arrays
 from studenttrain.metrics import MetricsLog, StepLog
 from studenttrain.precision import check_precision
-from studenttrain.preparation import Prepared, build_student, lock_folder, look_at_data, open_folder, prepare
+from studenttrain.preparation import Prepared, build_student, hold_folder, look_at_data, prepare
 from studenttrain.schedule import learning_rate
 from studenttrain.step import Counts, LearningBatch, count_rows, load_batch, train_step
 from studenttrain.stream import StudentBatch, TargetStream
@@ -75,9 +75,8 @@ def fit(config: FitConfig, quiet: bool = False) -> FitResult:
         world = stack.enter_context(join_world(config.device))
         check_precision(config.precision, world.device)
         quiet = quiet or not world.is_main
-        folder = open_folder(config.out)
-        if world.is_main:
-            stack.enter_context(lock_folder(folder))
+        world.main_first(lambda: stack.enter_context(hold_folder(config.out)))
+        folder = Path(config.out)
         path = folder / CHECKPOINT
         checkpoint = load_checkpoint(path) if path.is_file() else None
         store = stack.enter_context(open_targets(config.targets))
@@ -128,6 +127,8 @@ def train(  # noqa: C901 - the loop is to be read in one piece
         return load_batch(batch, run.prepared.store.manifest, objective, hard_targets, world.device)
 
     begin_epoch(run, stream)
+    if not is_over(config, learner.step, stream.epoch):
+        count_steps(config, learner.step, stream)  # refuses a warm-up that would not end, before anything is written
     if not run.quiet:
         click.echo(describe_start(run, learner, stream), err=True)
     if learner.step == 0:

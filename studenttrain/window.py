@@ -95,6 +95,8 @@ class TargetReader:
                     window, buffers = order.window(index), free.pop()
                     pending.append((window, buffers, self._fill(window, buffers)))
                     index += 1
+                if index < order.num_windows:
+                    order.window(index)  # planned while the threads read, and remembered
                 for future in pending[0][2]:
                     future.result()
                 window, buffers, _ = pending.popleft()

@@ -40,7 +40,7 @@ class MappedShard:
     def __init__(self, path: Path, index: Array, decompress: Callable[[int, Array, Array], None] | None) -> None:
         self._index: list[list[int]] = index.tolist()
         self._decompress = decompress
-        self._populated = [False] * len(self._index)
+        self._opened: list[tuple[Array, int] | None] = [None] * len(self._index)
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         self._bytes = np.frombuffer(self._map, np.uint8)
@@ -58,15 +58,12 @@ class MappedShard:
         Raises:
             DamageError: the chunk does not decompress.
         """
-        start, length = self._index[chunk]
-        end = start + length - CRC_BYTES
-        if length < CRC_BYTES or end + CRC_BYTES > len(self._bytes):
+        opened = self._opened[chunk] or self._open(chunk)
+        if opened is None:
             return False
-        if not self._populated[chunk] and not self._populate(chunk):
-            return False
-        stored = self._bytes[start:end]
+        stored, end = opened
         if self._decompress is not None:
-            if not self._holds(stored, end):
+            if google_crc32c.value(stored) != _UINT32.unpack_from(self._map, end)[0]:
                 return False
             self._decompress(chunk, stored, scratch.reshape(-1).view(np.uint8))
             out[positions] = scratch[skipped : skipped + len(positions)]
@@ -74,27 +71,27 @@ class MappedShard:
         if len(stored) != scratch.nbytes:
             return False
         # the checksum last: copying is the faster way to bring the chunk into the processor's cache
-        rows = stored.view(out.dtype).reshape(scratch.shape)
-        out[positions] = rows[skipped : skipped + len(positions)]
-        return self._holds(stored, end)
-
-    def _holds(self, stored: Array, end: int) -> bool:
+        out[positions] = stored.view(out.dtype).reshape(scratch.shape)[skipped : skipped + len(positions)]
         return bool(google_crc32c.value(stored) == _UINT32.unpack_from(self._map, end)[0])
 
-    def _populate(self, chunk: int) -> bool:
-        """Bring a chunk's pages in; False where that fails, as on a bad disk: touching them would end the process.
+    def _open(self, chunk: int) -> tuple[Array, int] | None:
+        """A chunk's bytes and where its checksum is, its pages brought in; None where that fails.
 
-        Once a chunk: it costs a tenth of the reading.
+        On a bad disk, touching pages that can't be brought in would end the process. It is asked for once a chunk,
+        since it costs a tenth of the reading.
         """
         start, length = self._index[chunk]
+        end = start + length - CRC_BYTES
+        if length < CRC_BYTES or end + CRC_BYTES > len(self._bytes):
+            return None
         first = start - start % mmap.PAGESIZE
         try:
-            self._map.madvise(MADV_POPULATE_READ, first, start + length - first)
+            self._map.madvise(MADV_POPULATE_READ, first, end + CRC_BYTES - first)
         except OSError as error:
             if error.errno != errno.EINVAL:  # which an older kernel, or another system, answers: no way to ask
-                return False
-        self._populated[chunk] = True
-        return True
+                return None
+        self._opened[chunk] = self._bytes[start:end], end
+        return self._opened[chunk]
 
 
 class Reads(Protocol):
@@ -128,19 +125,20 @@ def read_scattered(
     Raises:
         DamageError: a checksum does not hold.
     """
-    layout = manifest.layout
+    chunk_rows, shard_rows = manifest.chunk_rows, manifest.shard_rows
     maps = backend if isinstance(backend, MapsShards) else None
-    most = max(layout.chunk_rows, *(stop - start for start, stop in ranges))
+    most = max(chunk_rows, *(stop - start for start, stop in ranges))
     scratch = np.empty((most, *out.shape[1:]), out.dtype)
+    one_chunk = scratch[:chunk_rows]
     done = 0
     for start, stop in ranges:
-        shard = layout.shard_of(start)
+        shard = start // shard_rows
         mapped = None if maps is None else maps.map_shard(name, shard)
         while start < stop:
-            chunk, skipped = divmod(start - shard * layout.shard_rows, layout.chunk_rows)
-            end = stop if mapped is None else min(stop, start - skipped + layout.chunk_rows)
+            chunk, skipped = divmod(start - shard * shard_rows, chunk_rows)
+            end = stop if mapped is None else min(stop, start - skipped + chunk_rows)
             places = positions[done : done + end - start]
-            if mapped is None or not mapped.put(chunk, skipped, out, places, scratch[: layout.chunk_rows]):
+            if mapped is None or not mapped.put(chunk, skipped, out, places, one_chunk):
                 # which also says what is wrong, if anything is
                 out[places] = backend.read(name, shard, start, end, scratch[: end - start])
             start, done = end, done + end - start

@@ -43,7 +43,7 @@ NO_CHUNK = np.iinfo(np.uint64).max
 CRC_BYTES = 4
 BLOSC_HEADER_BYTES = 16
 CACHED_BYTES = 512 << 10  # read at a time and checked before the next, while it is in the second-level cache
-# A store of up to this stays mapped: its pages then count as the process's memory, though the kernel may take them back.
+# A store of up to this stays mapped: its pages then count as the process's memory, which the kernel may take back.
 MAX_MAPPED_BYTES = 512 << 20
 MAX_MAPPED_SHARDS = 256  # each holds an open file
 MAX_PIECES = 512  # buffers of one scattered read; the kernel takes at most 1,024

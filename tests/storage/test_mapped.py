@@ -57,7 +57,7 @@ def large_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bad_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MappedShard, "_populate", lambda *_: False)
+    monkeypatch.setattr(MappedShard, "_open", lambda *_: None)
 
 
 def no_maps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
