@@ -136,6 +136,25 @@ class Store:
         """Rows without targets, with their reasons, in order."""
         return [entry for shard in self.sealed_shards() for entry in self.seal(shard).quarantine]
 
+    def check_sealed(self, shard: int) -> None:
+        """Check that a shard is sealed, and its seal, once.
+
+        Raises:
+            NotSealedError: the shard has no seal.
+            DamageError: its seal was changed, or is of another store or shard.
+        """
+        if shard in self._checked:
+            return
+        if shard not in self._sealed and shard not in self.sealed_shards():
+            first, end = self.layout.shard_bounds(shard)
+            raise NotSealedError(
+                f"{self.path}: expected rows {first} to {end - 1} sealed, got shard {shard} without a seal; "
+                + ("" if self.finalized else "resume the dump with the same command, or ")
+                + "read sealed rows only"
+            )
+        self.seal(shard)
+        self._checked.add(shard)
+
     def read(
         self, names: Sequence[str], start: int, stop: int, out: Mapping[str, Array] | None = None
     ) -> dict[str, Array]:
@@ -160,16 +179,7 @@ class Store:
                 _check_out(out, specs[name], stop - start)
         pieces = list(self.layout.split(start, stop))
         for shard, _, _ in pieces:
-            if shard not in self._sealed and shard not in self.sealed_shards():
-                first, end = self.layout.shard_bounds(shard)
-                raise NotSealedError(
-                    f"{self.path}: expected rows {first} to {end - 1} sealed, got shard {shard} without a seal; "
-                    + ("" if self.finalized else "resume the dump with the same command, or ")
-                    + "read sealed rows only"
-                )
-            if shard not in self._checked:
-                self.seal(shard)
-                self._checked.add(shard)
+            self.check_sealed(shard)
         found = {}
         for name in names:
             spec = specs[name]

@@ -129,6 +129,8 @@ class TargetReader:
         """Read some blocks of a window and put each row into its place."""
         ranges = window.blocks[blocks.start : blocks.stop]
         positions_R = window.positions_R[offsets[blocks.start] : offsets[blocks.stop]]
+        for start, _ in ranges:
+            self.store.check_sealed(self.store.layout.shard_of(start))
         for name in self.names:
             read_scattered(self.store.backend, self.store.manifest, name, ranges, buffers[name], positions_R)
 

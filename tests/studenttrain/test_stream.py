@@ -335,6 +335,20 @@ def test_a_flipped_bit_stops_the_stream_with_the_damage(suffix: str, tmp_path: P
         list(stream)
 
 
+def test_a_changed_seal_stops_the_stream(tmp_path: Path, corpus: Corpus) -> None:
+    path = write_targets(tmp_path / "damaged.zarr", corpus)
+    seal = path / "seals" / "00000003.json"
+    data = bytearray(seal.read_bytes())
+    data[40] ^= 1
+    seal.write_bytes(data)
+    with (
+        open_store(path) as store,
+        stream_of(store, corpus) as stream,
+        pytest.raises(DamageError, match=r"00000003\.json: expected its checksum"),
+    ):
+        list(stream)
+
+
 def test_nothing_before_the_window_in_hand_is_read(
     store: Store, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
