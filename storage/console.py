@@ -6,6 +6,7 @@ Progress and errors go to stderr, results to stdout, so that a command's result 
 import contextlib
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from rich.progress import (
 from rich.text import Text
 
 from storage.errors import StoreError
+from storage.interruption import Interrupted
 
 PLAIN_LINE_EVERY_S = 30.0
 EXIT_STORE_ERROR = 1
@@ -216,7 +218,7 @@ def command_errors() -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and an exit code.
 
     1 for a `StoreError` or an error of the operating system, 2 for a `ValueError` (an option that can't be), 130 for an
-    interruption. A reader that hung up, as `head` does, is no error.
+    interruption (143 for SIGTERM). A reader that hung up, as `head` does, is no error.
     """
     try:
         yield
@@ -231,6 +233,10 @@ def command_errors() -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}", EXIT_STORE_ERROR)
+    except Interrupted as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would only break off the way out
+        click.echo(str(stop), err=True)
+        raise SystemExit(stop.exit_code) from None
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         raise SystemExit(EXIT_INTERRUPTED) from None

@@ -71,15 +71,10 @@ def fit(quiet: bool, **options: Any) -> None:
     with command_errors():
         from studenttrain.config import FitConfig
         from studenttrain.distributed import is_main_rank
-        from studenttrain.interruption import Interrupted
         from studenttrain.train import fit as train_student
 
         config = FitConfig(**{name: value for name, value in options.items() if value is not None})
-        try:
-            result = train_student(config, quiet=quiet)
-        except Interrupted as stop:
-            click.echo(str(stop), err=True)
-            raise SystemExit(stop.exit_code) from None
+        result = train_student(config, quiet=quiet)
         if is_main_rank():
             click.echo(str(result))
 

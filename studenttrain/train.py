@@ -12,6 +12,7 @@ import click
 import torch
 
 from storage.console import format_count, progress
+from storage.interruption import Interrupted, StopRequest, stop_requests
 from studenttrain.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from studenttrain.checks import check_same_data, check_same_run, check_same_store, data_identity, open_targets
 from studenttrain.config import FitConfig, parse_interval
@@ -19,7 +20,6 @@ from studenttrain.distributed import World, join_world
 from studenttrain.ending import FitResult, end_run, ended_run
 from studenttrain.evaluate import evaluate
 from studenttrain.figures import EvalFigures
-from studenttrain.interruption import Interrupted, StopRequest, stop_requests
 from studenttrain.learner import Learner, build_learner
 from studenttrain.loss import target_arrays
 from studenttrain.metrics import MetricsLog, StepLog

@@ -1,7 +1,6 @@
 """`teacherdump`: run a teacher over a corpus once, and store what it says of every sample."""
 
 import json
-import signal
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args
 
@@ -138,15 +137,9 @@ def run_command(quiet: bool, **options: Any) -> None:
     """
     with command_errors():
         config = DumpConfig(**options)
-        from teacherdump.interruption import Interrupted
         from teacherdump.run import run
 
-        try:
-            result = run(config, _silence if quiet else _note, quiet)
-        except Interrupted as interrupted:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would only break off the way out
-            click.echo(str(interrupted), err=True)
-            raise SystemExit(interrupted.exit_code) from None
+        result = run(config, _silence if quiet else _note, quiet)
         click.echo(result.summary())
 
 

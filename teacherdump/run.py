@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from storage.console import format_bytes, format_count, format_duration, format_rate, progress
 from storage.corpus import verify_hard_targets
+from storage.interruption import Interrupted, stop_requests
 from storage.records import Seal
 from storage.writer import StoreWriter
 from teacherdump.config import DumpConfig
-from teacherdump.interruption import Interrupted, stop_requests
 from teacherdump.plan import Limits, estimate
 from teacherdump.source import Say, open_source, prepare
 

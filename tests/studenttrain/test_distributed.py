@@ -58,8 +58,10 @@ def test_two_ranks_learn_what_one_learns(tmp_path: Path) -> None:
         torch.testing.assert_close(final_state(two)[name], value, rtol=1e-4, atol=1e-5)
     for kind in ("train", "validation"):
         for mine, theirs in zip(metric_lines(one, kind), metric_lines(two, kind), strict=True):
-            assert mine.pop("kind") == theirs.pop("kind")
-            assert mine == pytest.approx(theirs, rel=1e-3)
+            assert mine.keys() == theirs.keys()
+            numbers = {name: value for name, value in mine.items() if isinstance(value, float | int)}
+            assert len(numbers) >= 6
+            assert numbers == pytest.approx({name: theirs[name] for name in numbers}, rel=1e-3)
     checkpoint = load_checkpoint(Path(two.out) / CHECKPOINT)
     assert len(checkpoint["random"]) == 2
     # the ranks share one run: it has ended for one process too

@@ -1,8 +1,8 @@
 """A student from a float32 dense store is, bit for bit, the one that would have learned with the teacher live.
 
 What that claims: nothing on the road from the teacher's logits to the loss (centring, storing, reading, shuffling,
-then decoding) changes a bit, and the loop sees the same rows in the same order. It does not claim that a teacher says the same
-of a row in another batch: a float32 matrix product may round otherwise when its batch has another size, and the
+decoding) changes a bit, and the loop sees the same rows in the same order. It does not claim that a teacher says the
+same of a row in another batch: a float32 matrix product may round otherwise when its batch has another size, and the
 dump's batches are not the student's. So the teacher here works a row at a time, in float64, rounded to float32 at
 the end: what it says of a row depends on that row alone, which the first test checks.
 """

@@ -16,9 +16,9 @@ import torch
 
 from storage.corpus import open_corpus
 from storage.errors import MismatchError, OutOfSpaceError, PathError, StudentError
+from storage.interruption import Interrupted, StopRequest
 from studenttrain.checkpoint import CHECKPOINT, load_checkpoint
 from studenttrain.config import FitConfig
-from studenttrain.interruption import Interrupted, StopRequest
 from studenttrain.metrics import StepLog
 from studenttrain.preparation import hold_folder
 from studenttrain.train import Saver, fit

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, taken up between two steps, so that a checkpoint can be written first."""
+"""Ctrl-C and SIGTERM, taken up between two steps, so that what is whole can be kept first."""
 
 import contextlib
 import signal
@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run stopped because it was asked to, its checkpoint written.
+    """A run stopped because it was asked to, what was whole kept.
 
     Attributes:
         signal: number of the signal that asked.
