@@ -1,7 +1,7 @@
 """How fast stored targets are streamed in shuffled batches, over a plain `np.memmap` read of the same values.
 
-    python benchmarks/stream.py                       # uncompressed: at least 0.35 of the plain read
-    python benchmarks/stream.py --compressor zstd     # at least 0.8 of the compressor's own decompression
+    python -m benchmarks.stream                       # uncompressed: at least 0.35 of the plain read
+    python -m benchmarks.stream --compressor zstd     # at least 0.8 of the compressor's own decompression
 
 Writes a dense float16 store and a flat file of the same values into a temporary folder, reads both once so that they
 lie in the page cache, then reads them in turns: the flat file in order, batch by batch, into one buffer; the store
@@ -24,6 +24,7 @@ from typing import Any
 import numcodecs.blosc
 import numpy as np
 
+from benchmarks.result import write_result
 from storage.arrays import Array
 from storage.backends import ZarrBackend
 from storage.encodings import Dense
@@ -122,7 +123,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure, and print one JSON object."""
+    """Measure, print one JSON object, write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--classes", type=int, default=1000)
@@ -158,6 +159,7 @@ def main() -> None:
                 ratios = [second[other] / second["stream"] for second in seconds]
                 report[f"stream_over_{other}"] = round(statistics.median(ratios), 3)
         print(json.dumps(report))
+        write_result(f"stream_{args.compressor}", report)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,14 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         PathError: the folder can't be written.
     """
     header = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    write_durably(path, lambda file: torch.save(header | checkpoint, file))
+
+    def write(file: BinaryIO) -> None:
+        sink = _Sink(file)
+        torch.save(header | checkpoint, sink)  # type: ignore[arg-type]
+        if sink.error is not None:
+            raise sink.error
+
+    write_durably(path, write)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -40,7 +47,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         StudentError: the file is missing, damaged, or not a checkpoint of this release.
     """
-    advice = "take another copy of it, or remove the run's folder and start the run again"
+    advice = (
+        "give the run's folder or its student.safetensors; where this is the run's own checkpoint, take another copy "
+        "of it, or begin again in a new --out"
+    )
     if not path.is_file():
         raise StudentError(f"checkpoint '{path}': expected a file, got nothing there; give the folder of a run")
     try:
@@ -57,8 +67,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise StudentError(
-            f"checkpoint '{path}': expected a checkpoint of studenttrain, got another file of torch; "
-            "give the folder of a run"
+            f"checkpoint '{path}': expected a checkpoint of studenttrain, got another file of torch; {advice}"
         )
     if checkpoint["format_version"] > FORMAT_VERSION:
         raise StudentError(
@@ -66,6 +75,30 @@ def load_checkpoint(path: Path) -> Checkpoint:
             "install a newer release"
         )
     return checkpoint
+
+
+class _Sink:
+    """A file that keeps the error of a write to itself: raised inside torch's archive writer, it may end the process.
+
+    Attributes:
+        error: the first one, or None; nothing is written after it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """Write some bytes, and say so whether or not they went anywhere."""
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing: who opened the file flushes it, where it may fail."""
 
 
 def write_durably(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -88,13 +121,5 @@ def write_durably(path: Path, write: Callable[[BinaryIO], Any]) -> None:
                 os.fsync(file.fileno())
             partial.replace(path)
             sync_folder(path.parent)
-        except RuntimeError as error:
-            # torch's archive writer fails with an error of its own on the way out of a full disk
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            if cause is None:
-                raise
-            raise cause from error
         finally:
             partial.unlink(missing_ok=True)

@@ -111,7 +111,11 @@ def check_class_names(where: str, names: tuple[str, ...] | None, expected: tuple
     if names is None or expected is None or names == expected:
         return
     if len(names) != len(expected):
-        differ = f"{len(expected)} classes as in {whose}, got {len(names)}"
+        news, gone = (
+            [name for name in one if name not in other] for one, other in ((names, expected), (expected, names))
+        )
+        what = f": {news[0]!r} is new" if news else f": {gone[0]!r} is missing" if gone else ""
+        differ = f"{len(expected)} classes as in {whose}, got {len(names)}{what}"
     else:
         index = next(index for index, name in enumerate(names) if name != expected[index])
         order = "in another order" if set(names) == set(expected) else "other classes"

@@ -65,7 +65,7 @@ def _options(*specs: tuple[str, Any, str]) -> Callable[[Callable[..., None]], Ca
     ("--readers", int, "Threads that read samples.  [one a core, at most 8]"),
 )
 @click.option("--compile", is_flag=True, default=None, help="Put the student through torch.compile.")
-@click.option("--quiet", is_flag=True, help="Print warnings and the result only.")
+@click.option("-q", "--quiet", is_flag=True, help="Print warnings and the result only.")
 def fit(quiet: bool, **options: Any) -> None:
     """Train a student on a store, or go on where the same command stopped. Under torchrun: on several devices."""
     with command_errors():
@@ -92,7 +92,7 @@ def fit(quiet: bool, **options: Any) -> None:
     ("--readers", int, "Threads that read samples.  [one a core, at most 8]"),
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: top1, agreement, nll, ece, num_errors, num_samples.")
-@click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def evaluate(as_json: bool, quiet: bool, **options: Any) -> None:
     """Try a student on a corpus: top-1, agreement with the teacher, NLL and calibration error."""
     with command_errors():

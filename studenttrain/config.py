@@ -110,6 +110,8 @@ class FitConfig:
         parse_interval(self.checkpoint_every)
 
     def _check_ranges(self) -> None:
+        for name in ("targets", "data", "student", "out", "init", "labels", "val_data", "val_labels", "val_targets"):
+            check_not_empty(name, getattr(self, name))
         counts = ("epochs", "steps", "batch_size", "accumulate", "readers")
         _check(self, counts, lambda value: value >= 1, "at least 1")
         _check(self, ("seed",), lambda value: 0 <= value < 2**63, "0 to 2^63 - 1")
@@ -159,6 +161,16 @@ def differing_options(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     """`--option THEN, not NOW` for each option that would change what a run computes."""
     names = [name for name in now if name not in FREE_ON_RESUME and then.get(name) != now[name]]
     return [f"--{name.replace('_', '-')} {_said(then.get(name))}, not {_said(now[name])}" for name in names]
+
+
+def check_not_empty(name: str, value: str | None) -> None:
+    """Refuse an empty text, which would be read as the current folder, where None means that nothing was given.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if value == "":
+        raise ValueError(f"{name}: expected some text, got none; is a variable of your shell empty?")
 
 
 def _said(value: Any) -> str:

@@ -1,9 +1,11 @@
 """A student as files that others use: weights, a `torch.export` program, and a card that says what they are."""
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Self
 
 import torch
@@ -19,6 +21,7 @@ from studenttrain.models import build_model
 WEIGHTS = "student.safetensors"
 PROGRAM = "student.pt2"
 CARD = "student.json"
+MAX_REASON = 160  # characters of another library's message
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ def export_student(folder: Path, model: nn.Module, card: StudentCard, example: T
     except Exception as error:  # noqa: BLE001 - tracing runs the model's own code, which may raise anything
         (folder / PROGRAM).unlink(missing_ok=True)
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    write_durably(folder / PROGRAM, lambda file: torch.export.save(program, file))
+    archive = io.BytesIO()  # a write that fails inside torch's archive writer would end the process
+    torch.export.save(program, archive)
+    write_durably(folder / PROGRAM, lambda file: file.write(archive.getbuffer()))
     return None
 
 
@@ -104,15 +109,37 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         StudentError: the file is missing, damaged, or of another model.
     """
+    try:
+        fill_weights(path, model)
+    except RuntimeError as error:
+        raise StudentError(
+            f"weights '{path}': expected weights of this student, got others ({say_difference(error)}); "
+            "give the student's own"
+        ) from error
+
+
+def fill_weights(path: Path, model: nn.Module) -> None:
+    """Do what `load_weights` does, and leave it to the caller to say whose weights were expected.
+
+    Raises:
+        StudentError: the file is missing or damaged.
+        RuntimeError: its weights are of another model.
+    """
     if not path.is_file():
         raise StudentError(f"weights '{path}': expected a .safetensors file, got nothing there; check the path")
     try:
         load_model(model, str(path))
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
+    except SafetensorError as error:
         raise StudentError(
-            f"weights '{path}': expected whole weights of this student, got others ({reason}); give the student's own"
+            f"weights '{path}': expected a whole .safetensors file, got a damaged or foreign one "
+            f"({shorten(str(error), MAX_REASON)}); take another copy"
         ) from error
+
+
+def say_difference(error: RuntimeError) -> str:
+    """The first weight that does not fit, of torch's list of all of them."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return shorten(lines[min(1, len(lines) - 1)], MAX_REASON, placeholder=" ...")
 
 
 def load_student(path: Path) -> tuple[nn.Module, StudentCard]:
@@ -124,8 +151,9 @@ def load_student(path: Path) -> tuple[nn.Module, StudentCard]:
     Raises:
         StudentError: nothing is there, or it can't be used.
     """
-    if path.is_dir():
-        path = path / (WEIGHTS if (path / WEIGHTS).is_file() else CHECKPOINT)
+    with clear_os_errors(path):
+        if path.is_dir():
+            path = path / (WEIGHTS if (path / WEIGHTS).is_file() else CHECKPOINT)
     if path.suffix == ".safetensors":
         card = load_card(path.with_name(CARD))
         model = build_model(card.student, card.num_classes, card.input_shape)
@@ -166,8 +194,7 @@ def load_state(path: Path, model: nn.Module, state: Mapping[str, Any]) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
         raise StudentError(
-            f"checkpoint '{path}': expected weights of this student, got others ({reason}); "
+            f"checkpoint '{path}': expected weights of this student, got others ({say_difference(error)}); "
             "bring back the code that the student was made of, or start a new run"
         ) from error

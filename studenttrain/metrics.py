@@ -8,6 +8,7 @@ the file at the checkpoint's step first, so that each step stands in it once.
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +16,10 @@ from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 from torch import Tensor
-from torch.utils.tensorboard.writer import SummaryWriter
+from torch.utils.tensorboard.summary import scalar
 
 from storage.backends.files import clear_os_errors
 from storage.errors import StudentError
@@ -55,7 +58,7 @@ class MetricsLog:
         with clear_os_errors(self.path):
             write_durably(self.path, keep)
             self._file = self.path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1 if step else None)
+            self._curves = Curves(folder / TENSORBOARD, purge_step=step + 1 if step else None)
 
     def write(self, kind: Kind, step: int, figures: Figures) -> None:
         """Append one line: numbers, or None for what was not measured."""
@@ -68,20 +71,22 @@ class MetricsLog:
         """Draw the figures that are there at a step of TensorBoard's curves."""
         for name, value in figures.items():
             if value is not None:
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+                self._curves.add(f"{kind}/{name}", value, step)
 
     def sync(self) -> None:
         """Make every line durable, as a checkpoint of this step is about to say that they are there."""
         with clear_os_errors(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._board.flush()
+        self._curves.flush()
 
     def close(self) -> None:
         """Give files back."""
-        with clear_os_errors(self.path):
-            self._file.close()
-        self._board.close()
+        try:
+            with clear_os_errors(self.path):
+                self._file.close()
+        finally:
+            self._curves.close()
 
     def __enter__(self) -> Self:
         return self
@@ -90,6 +95,46 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Curves:
+    """Curves for TensorBoard, written at once.
+
+    torch's own writer has a thread, which prints a traceback where the disk is full.
+
+    Args:
+        folder: of TensorBoard's files; this one is added to them.
+        purge_step: TensorBoard forgets what other files say from this step on; None forgets nothing.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        folder.mkdir(exist_ok=True)
+        self.path = folder / f"events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}"
+        with clear_os_errors(self.path):
+            self._file = self.path.open("xb")
+        self._records = RecordWriter(self._file)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if purge_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def add(self, name: str, value: float, step: int) -> None:
+        """Add a point to a curve."""
+        self._write(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+
+    def _write(self, event: Event) -> None:
+        with clear_os_errors(self.path):
+            self._records.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        """Hand all points to the operating system."""
+        with clear_os_errors(self.path):
+            self._file.flush()
+
+    def close(self) -> None:
+        """Give the file back."""
+        with clear_os_errors(self.path):
+            self._file.close()
 
 
 class StepLog:
@@ -139,7 +184,7 @@ class StepLog:
             if not math.isfinite(loss):
                 raise StudentError(
                     f"step {step}: expected a finite loss, got {loss}; give a lower --lr, clip the gradient with "
-                    "--clip-norm 1, or warm up with --warmup-steps; the last checkpoint, of a step before, is kept"
+                    "--clip-norm 1, or warm up with --warmup-steps, and give a new --out, since a run keeps its options"
                 )
             self.last_loss = loss
             norm /= self._world.size

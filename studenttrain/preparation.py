@@ -16,6 +16,7 @@ from storage.console import progress
 from storage.corpus import Corpus, Preprocess, check_preprocess, open_corpus, verify_corpus, verify_hard_targets
 from storage.errors import CorpusError, MismatchError, PathError, StudentError
 from storage.reader import Store
+from studenttrain.checkpoint import CHECKPOINT
 from studenttrain.checks import (
     Objective,
     check_class_names,
@@ -28,10 +29,14 @@ from studenttrain.checks import (
     store_identity,
 )
 from studenttrain.config import FitConfig
-from studenttrain.export import CARD, StudentCard, load_card, load_state, load_student, load_weights
+from studenttrain.export import CARD, StudentCard, fill_weights, load_card, load_student, say_difference
+from studenttrain.metrics import METRICS, TENSORBOARD
 from studenttrain.models import build_model
 
 MAX_READERS = 8
+LOCK = ".lock"
+# What a run makes before its first checkpoint, and may leave behind without one.
+BEGINNING = frozenset({LOCK, METRICS, TENSORBOARD, f".{METRICS}.partial", f".{CHECKPOINT}.partial"})
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,9 @@ def prepare(config: FitConfig, store: Store, stack: contextlib.ExitStack) -> Pre
     corpus = open_corpus(config.data, config.corpus_kind, config.labels, config.array)
     preprocess = stored_preprocess(store)
     check_preprocess(preprocess, corpus)
+    check_class_names(
+        f"corpus '{config.data}'", corpus.class_names, store.manifest.class_names, f"store '{store.path}'"
+    )
     hard_targets = check_hard_targets(corpus, store.manifest.num_classes)
     if hard_targets is None and store.manifest.has_hard_targets:
         hard_targets = stored_hard_targets(store)
@@ -135,6 +143,23 @@ def stored_preprocess(store: Store) -> Preprocess:
         ) from error
 
 
+def check_student_input(preprocess: Preprocess, corpus: Corpus, option: str) -> None:
+    """Refuse a corpus that can't become the student's input, though it need not be the one that the store is of.
+
+    Raises:
+        CorpusError: the corpus is of another kind, its samples are of another shape, or none can be read.
+    """
+    try:
+        check_preprocess(preprocess, corpus)
+    except CorpusError as error:
+        # the advice is to give the store's own corpus, or samples of its shape: right for --data alone
+        found, _, advice = str(error).rpartition("; ")
+        if "that the store was made from" not in advice:
+            raise
+        shape = " x ".join(map(str, preprocess.shape))
+        raise CorpusError(f"{found}; give {option} a corpus with the student's input, {shape}") from error
+
+
 def stored_hard_targets(store: Store) -> NDArray[np.int32]:
     """The hard targets of a store's sealed rows, int32 (num_rows,), -1 elsewhere."""
     hard_targets = np.full(store.manifest.num_rows, -1, np.int32)
@@ -150,7 +175,7 @@ def _open_validation(
     if config.val_data is None:
         return None
     corpus = open_corpus(config.val_data, None, config.val_labels)
-    check_preprocess(preprocess, corpus)
+    check_student_input(preprocess, corpus, "--val-data")
     names, whose = store.manifest.class_names, f"store '{store.path}'"
     check_class_names(f"corpus '{config.val_data}'", corpus.class_names, names, whose)
     hard_targets = check_hard_targets(corpus, store.manifest.num_classes)
@@ -212,11 +237,17 @@ def build_student(config: FitConfig, store: Store, input_shape: tuple[int, ...],
     if card_path.is_file():
         names, expected = load_card(card_path).class_names, store.manifest.class_names
         check_class_names(f"weights '{config.init}'", names, expected, f"store '{store.path}'")
-    if path.suffix == ".safetensors":
-        load_weights(path, student)
-    else:
-        begun, _ = load_student(path)
-        load_state(path, student, begun.state_dict())
+    try:
+        if path.suffix == ".safetensors":
+            fill_weights(path, student)
+        else:
+            begun, _ = load_student(path)
+            student.load_state_dict(begun.state_dict())
+    except RuntimeError as error:
+        raise StudentError(
+            f"--init: expected weights of the same --student, '{config.student}', got others in '{config.init}' "
+            f"({say_difference(error)}); give --init weights of that student, or --student as it was for these"
+        ) from error
     return student
 
 
@@ -225,12 +256,13 @@ def hold_folder(out: str) -> Iterator[Path]:
     """The folder of a run, made where it is not there, and kept from a second `fit`; a process that dies gives it back.
 
     Raises:
-        PathError: something else has its name, it can't be written, or another run holds it.
+        PathError: something else has its name, it holds something else, it can't be written, or another run holds it.
     """
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        _check_no_foreign_files(folder)
+        file = (folder / LOCK).open("w")
     except (FileExistsError, NotADirectoryError) as error:
         raise PathError(f"{out}: expected a folder, or nothing, got a file; give --out another path") from error
     except OSError as error:
@@ -248,3 +280,21 @@ def hold_folder(out: str) -> Iterator[Path]:
         except OSError:
             pass  # a file system without locks
         yield folder
+
+
+def _check_no_foreign_files(folder: Path) -> None:
+    """Refuse a folder whose files a run would overwrite, or stand between, though they are not of a run.
+
+    Raises:
+        PathError: it holds neither nothing nor a run.
+    """
+    names = {path.name for path in folder.iterdir()}
+    is_begun = LOCK in names and names <= BEGINNING
+    if not names or is_begun or (folder / CHECKPOINT).is_file():
+        return
+    foreign = sorted(names - BEGINNING) or sorted(names)
+    others = " and others" if len(foreign) > 1 else ""
+    raise PathError(
+        f"{folder}: expected an empty folder or a run of studenttrain, got '{foreign[0]}'{others}; "
+        "give --out another path"
+    )

@@ -13,6 +13,7 @@ import torch
 
 from storage.console import format_count, progress
 from storage.interruption import Interrupted, StopRequest, stop_requests
+from storage.layout import from_ranges
 from studenttrain.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from studenttrain.checks import check_same_data, check_same_run, check_same_store, data_identity, open_targets
 from studenttrain.config import FitConfig, parse_interval
@@ -340,7 +341,11 @@ def describe_start(run: Run, learner: Learner, stream: TargetStream) -> str:
     if objective.is_hard:
         parts.append(f"{1 - objective.alpha:g} x hard targets")
     begin = "training" if learner.step == 0 else f"going on after step {format_count(learner.step)}:"
-    text = f"{begin} {config.student} on {format_count(stream.num_rows)} rows ({' + '.join(parts)}), {run.world.device}"
+    rows = f"{format_count(stream.num_rows)} rows"
+    num_refused = sum(len(store.seal(shard).quarantine) for shard in from_ranges(stream.begin_epoch().sealed))
+    if num_refused:
+        rows += f", {format_count(num_refused)} of them refused by the teacher's run"
+    text = f"{begin} {config.student} on {rows} ({' + '.join(parts)}), {run.world.device}"
     if stream.num_rows < store.manifest.num_rows and not store.finalized:
         text += (
             f"\n{format_count(stream.num_rows)} of {format_count(store.manifest.num_rows)} rows are sealed so far; "

@@ -4,13 +4,14 @@ import contextlib
 from pathlib import Path
 
 from storage.console import progress
-from storage.corpus import Preprocess, check_preprocess, open_corpus
+from storage.corpus import Preprocess, open_corpus
 from studenttrain.checks import check_class_names, check_hard_targets, check_row_count, check_same_classes, open_targets
+from studenttrain.config import check_not_empty
 from studenttrain.distributed import join_world
 from studenttrain.evaluate import DEFAULT_BATCH_SIZE, evaluate
 from studenttrain.export import load_student
 from studenttrain.figures import EvalFigures
-from studenttrain.preparation import default_readers
+from studenttrain.preparation import check_student_input, default_readers
 
 
 def try_student(
@@ -47,12 +48,14 @@ def try_student(
     for name, value in (("batch_size", batch_size), ("readers", readers)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+    for name, path in (("checkpoint", checkpoint), ("data", data), ("targets", targets), ("labels", labels)):
+        check_not_empty(name, path)
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(join_world(device))
         model, card = load_student(Path(checkpoint))
         corpus = open_corpus(data, corpus_kind, labels, array)
         preprocess = Preprocess.from_json(card.preprocess)
-        check_preprocess(preprocess, corpus)
+        check_student_input(preprocess, corpus, "--data")
         where = f"student '{checkpoint}'"
         check_class_names(f"corpus '{data}'", corpus.class_names, card.class_names, where)
         check_hard_targets(corpus, card.num_classes)

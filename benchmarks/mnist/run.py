@@ -58,8 +58,9 @@ def main() -> None:
     parser.add_argument("--mnist", type=Path, required=True, help="folder of the four IDX files")
     parser.add_argument("--run", type=Path, required=True, help="folder that holds teacher.pt; everything goes there")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=60, help="of the students of 800 units")
-    parser.add_argument("--small-epochs", type=int, default=30, help="of the students of 30 and 300 units")
+    parser.add_argument("--epochs", type=int, default=40, help="of the students of 800 units")
+    parser.add_argument("--epochs-30", type=int, default=50, help="of the students of 30 units")
+    parser.add_argument("--epochs-300", type=int, default=15, help="of the students of 300 units")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     args = parser.parse_args()
 
@@ -70,8 +71,9 @@ def main() -> None:
         )  # fmt: skip
     large = [Student(800, temperature, seed, args.epochs) for seed in range(args.seeds) for temperature in (None, 20.0)]
     temperatures = {30: (1.0, 2.5, 4.0, 8.0, 20.0), 300: (4.0, 8.0, 20.0)}
+    epochs = {30: args.epochs_30, 300: args.epochs_300}
     small = [
-        Student(units, temperature, seed, args.small_epochs)
+        Student(units, temperature, seed, epochs[units])
         for units, row in temperatures.items()
         for temperature in row
         for seed in range(args.seeds)
@@ -120,8 +122,7 @@ def summary(errors: dict[Student, int], teacher_errors: int, args: argparse.Name
     mean_hard, mean_soft = statistics.mean(hard), statistics.mean(soft)
     return {
         "test_samples": 10_000,
-        "epochs": args.epochs,
-        "small_epochs": args.small_epochs,
+        "epochs": {"800": args.epochs, "300": args.epochs_300, "30": args.epochs_30},
         "precision": args.precision,
         "teacher_errors": teacher_errors,
         "hard_target_student_errors": hard,

@@ -48,7 +48,7 @@ def test_a_missing_or_cut_or_foreign_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StudentError, match="expected a whole checkpoint, got a damaged or foreign file"):
         load_checkpoint(path)
     torch.save({"weights": 1}, path)
-    with pytest.raises(StudentError, match="expected a checkpoint of studenttrain, got another file of torch"):
+    with pytest.raises(StudentError, match=r"got another file of torch; give the run's folder or its student.safe"):
         load_checkpoint(path)
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -64,6 +65,9 @@ def test_again_says_that_it_had_ended(ground: Ground) -> None:
         (["--targets", "nowhere.zarr"], 1, "error: nowhere.zarr: expected a logit store, got no such path"),
         (["--data", "nowhere"], 1, "error: corpus"),
         (["--nonsense"], 2, "No such option"),
+        (["--data", ""], 2, "error: data: expected some text, got none; is a variable of your shell empty?"),
+        (["--targets", ""], 2, "error: targets: expected some text, got none"),
+        (["--out", ""], 2, "error: out: expected some text, got none"),
         (["--epochs", "many"], 2, "'many' is not a valid integer"),
     ],
 )
@@ -80,7 +84,10 @@ def test_bad_options_exit_with_one_line(ground: Ground, words: list[str], code: 
     ("words", "code", "message"),
     [
         (["--checkpoint", "nowhere"], 1, "error: checkpoint 'nowhere': expected a file, got nothing there"),
+        (["--checkpoint", ""], 2, "error: checkpoint: expected some text, got none"),
+        (["--checkpoint", "x" * 300], 1, "expected a path in a folder, got File name too long"),
         (["--data", "nowhere"], 1, "error: corpus"),
+        (["--data", ""], 2, "error: data: expected some text, got none"),
         (["--targets", "nowhere"], 1, "error: nowhere: expected a logit store"),
         (["--batch-size", "0"], 2, "error: batch_size: expected at least 1, got 0"),
         (["--device", "tpu"], 2, "error: device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
@@ -106,9 +113,29 @@ def test_eval_refuses_a_store_of_other_samples(ground: Ground, no_report: None) 
 
 
 def test_a_quiet_fit_prints_its_result_only(ground: Ground, no_report: None) -> None:
-    done = call(*command(ground.config(steps=1)), "--quiet")
-    assert done.stderr == ""
-    assert done.stdout.startswith("1 steps, 16 rows seen")
+    for flag in ("--quiet", "-q"):
+        done = call(*command(ground.config(flag.strip("-"), steps=1)), flag)
+        assert done.stderr == ""
+        assert done.stdout.startswith("1 steps, 16 rows seen")
+
+
+def test_eval_names_what_to_give_instead_of_another_file(ground: Ground) -> None:
+    config = ground.config(steps=1)
+    assert call(*command(config), "-q").exit_code == 0
+    program = str(Path(config.out) / "student.pt2")
+    done = call("eval", "--checkpoint", program, "--data", str(ground.data))
+    assert done.exit_code == 1
+    assert "give the run's folder or its student.safetensors" in done.stderr
+    assert "remove" not in done.stderr
+
+
+def test_eval_asks_for_a_corpus_of_the_students_input(ground: Ground, no_report: None) -> None:
+    config = ground.config(steps=1)
+    assert call(*command(config), "-q").exit_code == 0
+    np.savez(ground.folder / "narrow.npz", x=np.zeros((20, 7), np.float32))
+    done = call("eval", "--checkpoint", config.out, "--data", str(ground.folder / "narrow.npz"))
+    assert done.exit_code == 1
+    assert done.stderr.endswith("got (7,); give --data a corpus with the student's input, 8\n")
 
 
 def test_help_is_quick_and_imports_no_torch() -> None:

@@ -1,6 +1,8 @@
 """A student as files: each gives the student's own logits again."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,15 +104,49 @@ def test_a_model_that_can_not_be_traced_still_has_its_weights(tmp_path: Path) ->
     assert not (tmp_path / "student.pt2").exists()
 
 
+FULL_DISK = """
+import resource, sys, torch
+from pathlib import Path
+from torch import nn
+from storage.errors import OutOfSpaceError
+from studenttrain import export
+from studenttrain.checkpoint import save_checkpoint
+from tests.studenttrain import test_export as here
+
+folder = Path(sys.argv[1])
+model = nn.Linear(4, 4)
+export.save_weights = lambda *_: None  # so that the program is what meets the end of the disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+for act in (
+    lambda: here.export_student(folder, model, here.make_card(), torch.zeros(1, 4)),
+    lambda: save_checkpoint(folder / "checkpoint.pt", {"model": model.state_dict()}),
+):
+    try:
+        act()
+    except OutOfSpaceError as error:
+        print("refused:", error)
+"""
+
+
+def test_a_disk_that_is_full_at_the_program_or_a_checkpoint_does_not_end_the_process(tmp_path: Path) -> None:
+    code = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(code, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    program, checkpoint = done.stdout.splitlines()
+    assert "student.pt2: expected room on the disk, got none" in program
+    assert "checkpoint.pt: expected room on the disk, got none" in checkpoint
+    assert {path.name for path in tmp_path.iterdir()} == {"student.json"}
+
+
 def test_what_is_missing_or_damaged_or_foreign_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StudentError, match="expected a file, got nothing there"):
         load_student(tmp_path)
     export(tmp_path)
-    with pytest.raises(StudentError, match="expected whole weights of this student, got others"):
+    with pytest.raises(StudentError, match=r"expected weights of this student, got others .*; give the student's"):
         load_weights(tmp_path / "student.safetensors", build_model("cnn:1-4-3"))
     data = (tmp_path / "student.safetensors").read_bytes()
     (tmp_path / "student.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(StudentError, match="expected whole weights of this student, got others"):
+    with pytest.raises(StudentError, match=r"expected a whole .safetensors file, got a damaged or foreign one"):
         load_student(tmp_path)
     (tmp_path / "student.json").write_text("{}")
     with pytest.raises(StudentError, match="expected a student's card, got a damaged file"):

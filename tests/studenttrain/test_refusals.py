@@ -192,8 +192,24 @@ def test_class_names_in_another_order_are_refused(tmp_path: Path) -> None:
     names = ("ant", "cat", "bee")
     targets = write_targets(tmp_path / "t.zarr", open_corpus(data), num_classes=3, class_names=names)
     ground = Ground(tmp_path, data, targets)
-    message = r"expected class 1 to be 'cat', got 'bee' \(in another order\)"
+    message = r"expected class 1 to be 'cat' as in store '.*', got 'bee' \(in another order\)"
     assert_refused(ground, MismatchError, message, student="cnn:3-4-3")
+
+
+def test_a_class_too_many_is_named_before_its_hard_targets(tmp_path: Path) -> None:
+    data = write_image_folder(tmp_path / "images", per_class=4)
+    targets = write_targets(tmp_path / "t.zarr", open_corpus(data), num_classes=3)
+    (data / "zoo").mkdir()
+    (data / "zoo" / "000.png").write_bytes((data / "ant" / "000.png").read_bytes())
+    message = r"expected 3 classes as in store '.*', got 4: 'zoo' is new; use the same classes"
+    assert_refused(Ground(tmp_path, data, targets), MismatchError, message, student="cnn:3-4-3")
+    (data / "zoo" / "000.png").unlink()
+    (data / "zoo").rmdir()
+    for path in (data / "bee").iterdir():
+        path.unlink()
+    (data / "bee").rmdir()
+    message = r"expected 3 classes as in store '.*', got 2: 'bee' is missing; use the same classes"
+    assert_refused(Ground(tmp_path, data, targets), MismatchError, message, student="cnn:3-4-3")
 
 
 def test_hard_targets_beyond_the_classes_are_refused(tmp_path: Path) -> None:
@@ -237,6 +253,15 @@ def test_validation_data_that_do_not_fit_are_refused(ground: Ground) -> None:
         assert_refused(ground, kind, message, **val, val_targets=str(path))
 
 
+def test_validation_samples_of_another_shape_or_kind_are_refused(ground: Ground) -> None:
+    np.savez(ground.folder / "narrow.npz", x=np.zeros((20, 7), np.float32), y=np.zeros(20, np.int64))
+    message = r"expected samples of shape \(8,\), got \(7,\); give --val-data a corpus with the student's input, 8$"
+    assert_refused(ground, CorpusError, message, val_data=str(ground.folder / "narrow.npz"))
+    images = write_image_folder(ground.folder / "images", per_class=2)
+    message = "of the kind array, got image; give --val-data a corpus with the student's input, 8$"
+    assert_refused(ground, CorpusError, message, val_data=str(images))
+
+
 def test_a_validation_store_of_other_samples_is_refused_when_it_is_used(ground: Ground) -> None:
     val = write_blobs(ground.folder / "val.npz", 40, seed=3)
     targets = write_targets(ground.folder / "val.zarr", open_corpus(val))
@@ -258,6 +283,56 @@ def test_a_file_or_a_read_only_place_as_out_is_refused(ground: Ground, monkeypat
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(PathError, match=r"expected a folder that can be written, got 'Read-only file system'"):
         fit(ground.config(), quiet=True)
+
+
+def test_a_folder_of_other_files_as_out_is_refused_and_left_alone(ground: Ground) -> None:
+    out = ground.folder / "notes"
+    out.mkdir()
+    (out / "report.html").write_text("mine")
+    message = r"notes: expected an empty folder or a run of studenttrain, got 'report.html'; give --out another path"
+    with pytest.raises(PathError, match=message):
+        fit(ground.config("notes"), quiet=True)
+    (out / "student.json").write_text("mine too")
+    with pytest.raises(PathError, match=r"got 'report.html' and others; give --out another path"):
+        fit(ground.config("notes"), quiet=True)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {
+        "report.html": "mine",
+        "student.json": "mine too",
+    }
+
+
+def test_a_store_or_a_corpus_as_out_is_refused_and_left_alone(ground: Ground) -> None:
+    images = write_image_folder(ground.folder / "images", per_class=2)
+    for path in (ground.targets, images):
+        before = sorted(path.rglob("*"))
+        with pytest.raises(PathError, match="expected an empty folder or a run of studenttrain"):
+            fit(ground.config(path.name), quiet=True)
+        assert sorted(path.rglob("*")) == before
+
+
+def test_an_empty_folder_or_a_run_that_had_hardly_begun_is_taken(ground: Ground) -> None:
+    (ground.folder / "empty").mkdir()
+    assert fit(ground.config("empty", steps=1), quiet=True).steps == 1
+    with pytest.raises(CorpusError):
+        fit(ground.config("begun", data="/nowhere"), quiet=True)
+    (ground.folder / "begun" / "metrics.jsonl").write_text("")
+    (ground.folder / "begun" / "tensorboard").mkdir()
+    (ground.folder / "begun" / ".checkpoint.pt.partial").write_text("")
+    assert fit(ground.config("begun", steps=1), quiet=True).steps == 1
+    (ground.folder / "other").mkdir()
+    (ground.folder / "other" / "metrics.jsonl").write_text("")
+    with pytest.raises(PathError, match=r"got 'metrics.jsonl'; give"):
+        fit(ground.config("other", steps=1), quiet=True)
+
+
+def test_weights_of_another_student_to_begin_with_are_refused(ground: Ground) -> None:
+    fit(ground.config("wide", steps=1, student="mlp:8-24-4"), quiet=True)
+    message = (
+        r"^--init: expected weights of the same --student, 'mlp:8-16-4,dropout=0.3', got others in '.*' "
+        r"\((Missing|Unexpected|size mismatch|copying).*\); give --init weights of that student, or --student as"
+    )
+    for init in ("wide", "wide/student.safetensors", "wide/checkpoint.pt"):
+        assert_refused(ground, StudentError, message, init=str(ground.folder / init))
 
 
 def test_a_student_that_fails_on_a_batch_is_named_with_the_step(

@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_is_refused(ground: Ground, monkeypatch: pytest.Mon
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(StudentError, match=r"take another copy of it, or remove the run's folder"):
+    with pytest.raises(StudentError, match=r"take another copy of it, or begin again in a new --out"):
         fit(config, quiet=True)
 
 

@@ -276,12 +276,23 @@ def test_rows_sealed_during_a_run_are_taken_up_by_the_next_epoch(
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(ground: Ground) -> None:
     config = ground.config(steps=60, lr=1e30, optimizer="sgd", momentum=0.0, checkpoint_every="1", student=PLAIN)
-    with pytest.raises(StudentError, match=r"step \d+: expected a finite loss, got (nan|inf); give a lower --lr, clip"):
+    with pytest.raises(
+        StudentError,
+        match=r"step \d+: expected a finite loss, got (nan|inf); give a lower --lr, .* and give a new --out",
+    ):
         fit(config, quiet=True)
     checkpoint = load_checkpoint(Path(config.out) / CHECKPOINT)
     lines = metric_lines(config)
     assert checkpoint["step"] <= lines[-1]["step"]
     assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_rows_that_the_teacher_refused_are_counted_in_what_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ground = make_ground(tmp_path, refused=(3, 40, 77))
+    assert fit(ground.config(epochs=1)).num_rows_seen == 93
+    assert "on 96 rows, 3 of them refused by the teacher's run (" in capsys.readouterr().err
 
 
 def test_averaged_weights_are_what_is_exported_and_validated(ground: Ground) -> None:
