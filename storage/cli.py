@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from storage.console import Pass, command_errors, format_bytes, format_count, progress
+from storage.console import Pass, command_errors, format_bytes, format_count, format_plural, progress
 from storage.errors import StoreError
 
 if TYPE_CHECKING:
@@ -86,12 +86,14 @@ def stats(store: Path, as_json: bool, picture: Path | None, threads: int | None)
 def finalize(store: Path, partial: bool) -> None:
     """Check the sealed shards once more, then make a store read-only for good."""
     with command_errors():
+        from storage.exclusive import sole_run
         from storage.reader import open_store
         from storage.writer import StoreWriter
 
         with open_store(store) as there:
             manifest, was_final, num_rows = there.manifest, there.finalized, there.num_sealed_rows
         with (
+            sole_run(store),
             StoreWriter.open(store, manifest) as writer,
             progress(num_rows, "rows", "checking", quiet=was_final) as bar,
         ):
@@ -148,7 +150,7 @@ def _verify_text(result: "VerifyResult") -> str:
     if result.num_rows is not None:
         lines.append(
             f"{result.path}: checked {format_count(result.num_sealed_rows)} of {format_count(result.num_rows)} rows, "
-            f"{format_count(result.num_shards)} shards, {format_count(result.num_chunks)} chunks"
+            f"{format_plural(result.num_shards, 'shard')}, {format_plural(result.num_chunks, 'chunk')}"
         )
     if result.ok and result.content_digest is not None:
         lines.append(f"content digest {result.content_digest}")
@@ -180,8 +182,9 @@ def _stats_text(figures: "Stats") -> str:
     if figures.num_top1_ties:
         lines.append(f"  top-1 ties       {format_count(figures.num_top1_ties)} rows, counted for the lowest class")
     order = sorted(range(figures.num_classes), key=lambda index: -figures.top1_counts[index])
+    unnamed = "class " if figures.class_names is None else ""
     shown = [
-        f"{class_label(figures, i)[:NAME_CHARACTERS]} {format_count(figures.top1_counts[i])}"
+        f"{unnamed}{class_label(figures, i)[:NAME_CHARACTERS]}: {format_count(figures.top1_counts[i])}"
         for i in order[:SHOWN_CLASSES]
     ]
     more = f", and {figures.num_classes - SHOWN_CLASSES} classes more" if figures.num_classes > SHOWN_CLASSES else ""

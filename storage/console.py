@@ -152,6 +152,16 @@ def format_count(count: int) -> str:
     return f"{count:,}"
 
 
+def format_plural(count: int, thing: str) -> str:
+    """A whole number of things.
+
+    Example:
+        >>> format_plural(1, "shard"), format_plural(2000, "shard")
+        ('1 shard', '2,000 shards')
+    """
+    return f"{format_count(count)} {thing}" + ("" if count == 1 else "s")
+
+
 def format_bytes(num_bytes: float) -> str:
     """Bytes in the decimal unit that suits them.
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from storage.console import format_bytes, format_count
+from storage.console import format_bytes, format_count, format_plural
 from storage.encodings import TopK
 from storage.reader import Store, open_store
 
@@ -81,7 +81,7 @@ def _facts(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "corpus", _joined([*others, counted, _digest("fingerprint", corpus.get("fingerprint"))])
     yield "input", _joined(_named(figures["preprocess"]))
     layout = (
-        f"{format_count(figures['num_sealed_shards'])} of {format_count(figures['num_shards'])} shards of "
+        f"{format_count(figures['num_sealed_shards'])} of {format_plural(figures['num_shards'], 'shard')} of "
         f"{format_count(figures['shard_rows'])} rows, chunks of {format_count(figures['chunk_rows'])}, "
         f"compressor {figures['compressor']}, format {figures['format_version']}"
     )

@@ -169,11 +169,11 @@ class Manifest:
 
 
 def _differences(name: str, mine: Any, theirs: Any) -> list[str]:
-    """`name: mine, not theirs`, one for each key where both are objects."""
+    """`name: the store has mine, this run theirs`, one for each key where both are objects."""
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
         keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         return [part for key in keys for part in _differences(f"{name}.{key}", mine.get(key), theirs.get(key))]
-    return [f"{name}: {_brief(mine)}, not {_brief(theirs)}"]
+    return [f"{name}: the store has {_brief(mine)}, this run {_brief(theirs)}"]
 
 
 def _brief(value: Any) -> str:

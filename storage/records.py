@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from storage.arrays import Arrays
-from storage.errors import DamageError
+from storage.errors import DamageError, FormatVersionError
 from storage.layout import from_ranges, to_ranges
 from storage.manifest import Manifest
 
@@ -137,7 +137,12 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         FormatVersionError: a newer format version.
         DamageError: not JSON, or not a manifest that can be.
     """
-    return Manifest.from_json(_parse(data, where))
+    value = _parse(data, where)
+    try:
+        return Manifest.from_json(value)
+    except (FormatVersionError, DamageError) as error:
+        text = str(error).removeprefix("manifest: ")
+        raise type(error)(f"{where}: {text}") from error
 
 
 def sha256(data: bytes) -> str:

@@ -65,7 +65,7 @@ class StoreWriter:
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
             raise MismatchError(
                 f"{store.path}: expected a run that goes on with this store, got other settings: "
-                f"{'; '.join(differences[:3])}{more}; use the same settings, or give --out another path"
+                f"{'; '.join(differences[:3])}{more}; use the same settings, or another path"
             )
         if store.finalized:
             store.backend.seal_writing({}, store.sealed_shards())  # a kill may have left parts behind
@@ -172,7 +172,12 @@ class StoreWriter:
         if self.store.final is not None:
             return self.store.final.content_digest
         sealed = self.sealed_shards()
-        if not sealed or (len(sealed) < self.layout.num_shards and not partial):
+        if not sealed:
+            raise NotSealedError(
+                f"{self.store.path}: expected shards that are sealed, got none: nothing is sealed yet; "
+                "go on with the same teacherdump run"
+            )
+        if len(sealed) < self.layout.num_shards and not partial:
             raise NotSealedError(
                 f"{self.store.path}: expected all {self.layout.num_shards} shards sealed, got {len(sealed)}; "
                 "go on with the same teacherdump run, or finalize at what is sealed: logitstore finalize --partial"

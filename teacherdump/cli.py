@@ -43,6 +43,12 @@ def _read_by(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Para
     return read
 
 
+def _parse_path(text: str) -> str:
+    if not text:
+        raise ValueError("expected a path, got nothing")
+    return text
+
+
 def _parse_pixels(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) > 0 for side in sides):
@@ -72,9 +78,10 @@ def _choice(literal: Any) -> click.Choice[str]:
 _OPTIONS = (
     click.option("--model", "models", multiple=True, required=True, metavar="FILE",
                  help="torch.export program, TorchScript archive, or weights with --arch. Repeat for an ensemble."),
-    click.option("--data", required=True, metavar="PATH",
+    click.option("--data", required=True, callback=_read_by(_parse_path), metavar="PATH",
                  help="Corpus: a folder of images, an IDX file, or a .npy, .npz, HDF5 or Zarr array."),
-    click.option("--out", required=True, metavar="PATH", help="Store: x.zarr, or x.h5 for HDF5."),
+    click.option("--out", required=True, callback=_read_by(_parse_path), metavar="PATH",
+                 help="Store: x.zarr, or x.h5 for HDF5."),
     click.option("--arch", metavar="SPEC",
                  help="What weights belong to: mlp:784-1200-10, cnn:3-32-64-10, timm:NAME or package.module:callable."),
     click.option("--combine", type=click.Choice(COMBINES),
@@ -98,7 +105,8 @@ _OPTIONS = (
     click.option("--limit-bytes", callback=_read_by(parse_size), metavar="SIZE",
                  help="Stop this run before it has written SIZE, such as 10GB."),
     click.option("--corpus-kind", metavar="KIND", help="images, idx or arrays, where it can't be told."),
-    click.option("--labels", metavar="FILE", help="Hard targets, .npy or IDX, instead of what the corpus brings."),
+    click.option("--labels", metavar="FILE|none",
+                 help="Hard targets, .npy or IDX, instead of what the corpus brings; none: its classes are not used."),
     click.option("--array", metavar="NAME", help="Which array, where --data holds several."),
     click.option("--image-size", callback=_read_by(_parse_pixels), metavar="N|HxW",
                  help="Pixels that the teacher takes."),
@@ -106,7 +114,7 @@ _OPTIONS = (
                  help="To --image-size: the shorter side and a centre crop (default), or stretch."),
     click.option("--shorter-side", type=int, metavar="N", help="Pixels of the shorter side before the crop."),
     click.option("--interpolation", type=_choice(Interpolation), help="Of a resize; bilinear by default."),
-    click.option("--channels", type=click.IntRange(1, 3), metavar="1|3",
+    click.option("--channels", type=click.Choice(["1", "3"]), callback=_read_by(int),
                  help="Grey or RGB; default: as in the corpus."),
     click.option("--scale", type=float, metavar="X", help="Factor of every value; 1/255 for images by default."),
     click.option("--mean", callback=_read_by(_parse_numbers), metavar="A,B,C",

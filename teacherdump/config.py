@@ -43,7 +43,7 @@ class DumpConfig:
         limit_hours: hours that this run takes at most, in whole shards; None for any.
         limit_bytes: bytes that this run adds at most, in whole shards; None for any.
         corpus_kind: of `data`; None finds it.
-        labels: hard targets of `data`, a file; None finds them.
+        labels: hard targets of `data`, a file; None finds them, `none` leaves them and the class names out.
         array: name of the array in `data`, where it holds several.
         image_size: height and width that the teacher takes, pixels; None where images have one size, and it is that.
         resize: `shorter` (the shorter side, then a centre crop; the default with an image size) or `stretch`.

@@ -340,3 +340,13 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def last_line(error: BaseException) -> str:
+    """Like `one_line`; of an error in TorchScript, whose text is a traceback, only what is wrong."""
+    text = str(error)
+    if "Traceback of TorchScript" not in text and "TorchScript interpreter" not in text:
+        return one_line(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception): ", line)]
+    return (said or lines)[-1][:200]

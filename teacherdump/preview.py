@@ -2,7 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,11 @@ def preview(config: DumpConfig, say: Say = lambda _: None) -> Preview:
     source = open_source(config)
     owed, num_sealed_rows, finalized = None, 0, False
     if source.existing is not None:
+        with open_store(config.out) as store:
+            sealed, num_sealed_rows, finalized = set(store.sealed_shards()), store.num_sealed_rows, store.finalized
+        if not sealed:
+            source = replace(source, existing=None)  # `run` begins it anew
+    if source.existing is not None:
         there = source.existing
         differences = there.differences(source.manifest(there.num_classes, there.provenance))
         if differences:
@@ -100,8 +105,6 @@ def preview(config: DumpConfig, say: Say = lambda _: None) -> Preview:
                 f"{config.out}: expected a run that goes on with this store, got other settings: "
                 f"{'; '.join(differences[:3])}; use the same settings, or give --out another path"
             )
-        with open_store(config.out) as store:
-            sealed, num_sealed_rows, finalized = set(store.sealed_shards()), store.num_sealed_rows, store.finalized
         owed = [] if finalized else [shard for shard in range(there.layout.num_shards) if shard not in sealed]
     job = prepare(source, say)
     manifest, layout = job.manifest, job.manifest.layout

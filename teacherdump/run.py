@@ -3,19 +3,25 @@
 torch is imported only once there is work for a teacher: a run over a finished store ends in a moment.
 """
 
+import shlex
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from storage.console import format_bytes, format_count, format_duration, format_rate, progress
 from storage.corpus import verify_hard_targets
+from storage.errors import StoreError
+from storage.exclusive import discard_unsealed, sole_run
 from storage.interruption import Interrupted, stop_requests
+from storage.manifest import Manifest
+from storage.reader import open_store
 from storage.records import Seal
 from storage.writer import StoreWriter
 from teacherdump.config import DumpConfig
 from teacherdump.plan import Limits, estimate
-from teacherdump.source import Say, open_source, prepare
+from teacherdump.source import Say, Source, open_source, prepare
 
 if TYPE_CHECKING:
     from teacherdump.dump import Job
@@ -56,8 +62,15 @@ class DumpResult:
             did = "nothing to do: the store is finished"
         else:
             did = "dumped nothing"
-        rows = f"{format_count(self.num_sealed_rows)} of {format_count(self.num_rows)} rows sealed"
-        lines = [did, f"{self.path}: {rows}, {format_count(self.num_refused)} refused, {format_bytes(self.num_bytes)}"]
+        rows = f"{format_count(self.num_sealed_rows)} of {format_count(self.num_rows)} rows"
+        refused = f"{format_count(self.num_refused)} refused"
+        if self.num_refused:
+            refused += f" (logitstore stats {shlex.quote(self.path)} lists them)"
+        if self.content_digest is not None and self.num_sealed_rows < self.num_rows:
+            state = f"finalized at {rows}; the others can't be added any more; {refused}"
+        else:
+            state = f"{rows} sealed, {refused}"
+        lines = [did, f"{self.path}: {state}, {format_bytes(self.num_bytes)}"]
         if self.content_digest is not None:
             lines.append(f"content digest {self.content_digest}")
         else:
@@ -82,16 +95,49 @@ def run(config: DumpConfig, say: Say = lambda _: None, quiet: bool = True) -> Du
     """
     source = open_source(config)
     if source.existing is not None:
-        manifest = source.manifest(source.existing.num_classes, source.existing.provenance)
-        with StoreWriter.open(config.out, manifest) as writer:  # refuses another teacher, corpus or encoding
-            if not writer.finalized:
-                verify_hard_targets(writer.store, source.corpus)
+        with sole_run(config.out):
+            if not _discarded(config.out):
+                return _go_on(source, say, quiet)
+    job = prepare(replace(source, existing=None), say)
+    _planned(config, job.manifest, range(job.manifest.layout.num_shards), _unsaid)  # refused before a store is made
+    with sole_run(config.out):
+        return _dump(config, job, say, quiet)
+
+
+def _discarded(path: str) -> bool:
+    """Whether nothing was sealed in the store that is there; then it is gone, so that a wrong option can be mended."""
+    with open_store(path) as store:
+        if store.finalized or store.sealed_shards():
+            return False
+        discard_unsealed(store)
+        return True
+
+
+def _go_on(source: Source, say: Say, quiet: bool) -> DumpResult:
+    """Dump the rest of a store, without a look at the teacher where nothing is owed."""
+    config = source.config
+    assert source.existing is not None
+    manifest = source.manifest(source.existing.num_classes, source.existing.provenance)
+    with StoreWriter.open(config.out, manifest) as writer:  # refuses another teacher, corpus or encoding
+        if not writer.finalized:
+            verify_hard_targets(writer.store, source.corpus)
+        if not writer.owed_shards():
+            return _finish(writer, _Tally(), quiet)
+    return _dump(config, prepare(source, say), say, quiet)
+
+
+def _dump(config: DumpConfig, job: "Job", say: Say, quiet: bool) -> DumpResult:
+    """Dump what is owed; what can't be begun leaves no store behind."""
+    with StoreWriter.open(config.out, job.manifest) as writer:
+        try:
             if not writer.owed_shards():
                 return _finish(writer, _Tally(), quiet)
-    job = prepare(source, say)
-    with StoreWriter.open(config.out, job.manifest) as writer:
-        _say_where_it_goes_on(writer, job, say)
-        return _dump_owed(config, job, writer, say, quiet)
+            _say_where_it_goes_on(writer, job, say)
+            return _dump_owed(config, job, writer, say, quiet)
+        except (StoreError, ValueError):
+            if not writer.sealed_shards():
+                discard_unsealed(writer.store)
+            raise
 
 
 def _say_where_it_goes_on(writer: StoreWriter, job: "Job", say: Say) -> None:
@@ -137,9 +183,8 @@ def _dump_owed(config: DumpConfig, job: "Job", writer: StoreWriter, say: Say, qu
 
     layout, row_bytes = writer.layout, job.manifest.row_bytes
     owed, tally = writer.owed_shards(), _Tally()
-    limits = Limits(config.limit_samples, config.limit_hours, config.limit_bytes)
-    planned = estimate(layout, owed, replace(limits, hours=None), row_bytes, None).num_rows
-    _check_limits(config, planned, row_bytes, say)
+    limits = _limits(config)
+    planned = _planned(config, job.manifest, owed, say)
 
     def within_limits() -> Iterator[int]:
         """The owed shards, as the readers come to them."""
@@ -154,32 +199,54 @@ def _dump_owed(config: DumpConfig, job: "Job", writer: StoreWriter, say: Say, qu
             yield shard
 
     job = replace(job, manifest=writer.manifest)
-    with stop_requests() as request, progress(planned, "rows", "dumping", quiet=quiet) as bar:
-        dump(
-            job,
-            writer,
-            within_limits(),
-            bar,
-            lambda: request.signal != 0,
-            lambda seal: tally.add(seal, row_bytes),
-        )
+    with stop_requests() as request:
+        try:
+            with progress(planned, "rows", "dumping", quiet=quiet) as bar:
+                dump(
+                    job,
+                    writer,
+                    within_limits(),
+                    bar,
+                    lambda: request.signal != 0,
+                    lambda seal: tally.add(seal, row_bytes),
+                )
+        except KeyboardInterrupt as error:  # the second one: at once, but not without a word
+            raise Interrupted(f"interrupted: {standing(writer)}", request.signal or signal.SIGINT) from error
     tally.seconds = time.perf_counter() - tally.start
     if request.signal and writer.owed_shards():
         raise Interrupted(f"interrupted: {standing(writer)}", request.signal)
     return _finish(writer, tally, quiet)
 
 
-def _check_limits(config: DumpConfig, planned: int, row_bytes: int, say: Say) -> None:
-    if not planned:
+def _unsaid(_: str) -> None:
+    """What will be said later."""
+
+
+def _limits(config: DumpConfig) -> Limits:
+    return Limits(config.limit_samples, config.limit_hours, config.limit_bytes)
+
+
+def _planned(config: DumpConfig, manifest: Manifest, owed: Sequence[int], say: Say) -> int:
+    """Rows that a run would add, were it not for a limit of hours.
+
+    Raises:
+        ValueError: the limit of bytes leaves no room for a shard.
+    """
+    row_bytes = manifest.row_bytes
+    planned = estimate(manifest.layout, owed, replace(_limits(config), hours=None), row_bytes, None).num_rows
+    if not planned and config.limit_bytes is not None:
+        start, stop = manifest.layout.shard_bounds(owed[0])
         raise ValueError(
-            f"limit_bytes: expected room for one shard at {format_bytes(row_bytes)} a row, got {config.limit_bytes} "
-            "bytes; give more, or begin another store with fewer --shard-rows"
+            f"limit_bytes: expected room for one shard of {format_count(stop - start)} rows, "
+            f"{format_bytes((stop - start) * row_bytes)}, got {config.limit_bytes} bytes; give more, or begin another "
+            "store with fewer --shard-rows"
         )
     if config.limit_samples is not None and planned > config.limit_samples:
         say(
             f"--limit-samples {format_count(config.limit_samples)}: rounded up to {format_count(planned)}, "
             "since shards are dumped whole"
         )
+    return planned
 
 
 def _finish(writer: StoreWriter, tally: _Tally, quiet: bool) -> DumpResult:
@@ -216,4 +283,5 @@ def standing(writer: StoreWriter) -> str:
 
 def how_to_go_on(path: str) -> str:
     """What to do with a store of which rows are missing."""
-    return f"run the same command again to go on, or finalize at what is sealed: logitstore finalize {path} --partial"
+    finalize = f"logitstore finalize {shlex.quote(path)} --partial"
+    return f"run the same command again to go on, or finalize at what is sealed: {finalize}"

@@ -184,13 +184,15 @@ def _check_classes(corpus: Corpus, num_classes: int) -> None:
     if names is not None and len(names) != num_classes:
         raise TeacherError(
             f"{where}: expected as many classes as the teacher has ({num_classes}), got {len(names)} ({names[0]!r} to "
-            f"{names[-1]!r}); give the teacher of this corpus, or a corpus of its classes"
+            f"{names[-1]!r}); give the teacher of this corpus, or a corpus of its classes; where the folders are no "
+            "classes of the teacher: --labels none"
         )
     if hard_targets is not None and int(hard_targets.max()) >= num_classes:
         row = int((hard_targets >= num_classes).argmax())
         raise CorpusError(
             f"{where}: row {row} ({corpus.key(row)!r}): expected a hard target below {num_classes}, the teacher's "
-            f"classes, got {hard_targets[row]}; give the labels of its classes, or the teacher of these"
+            f"classes, got {hard_targets[row]}; give the labels of its classes, or the teacher of these, or ignore "
+            "them: --labels none"
         )
 
 

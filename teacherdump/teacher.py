@@ -15,7 +15,7 @@ from torch import Tensor
 
 from storage.errors import TeacherError
 from teacherdump.config import Combine, Precision
-from teacherdump.loading import Member, load_member, one_line
+from teacherdump.loading import Member, last_line, load_member
 from teacherdump.model_file import teacher_identity
 
 # An answer that changes by more than this share of the largest logit, when nothing but chance or its neighbours in the
@@ -187,8 +187,8 @@ def _logits_of(member: Member, inputs_N: Tensor) -> Tensor:
                 "give a smaller --batch-size"
             ) from error
         raise TeacherError(
-            f"{member.where}: expected a model that takes inputs of shape {fed}, got {one_line(error)}; if the shape "
-            "is wrong, say --image-size, --crop or another --arch"
+            f"{member.where}: expected a model that takes inputs of shape {fed}, got {last_line(error)}; if the "
+            f"shape is wrong, {_shape_advice(fed[1:])}"
         ) from error
     return _checked_logits(member.where, output, fed[0])[:num_rows].float()
 
@@ -198,11 +198,29 @@ def _check_input_shape(member: Member, shape: tuple[int, ...]) -> None:
     if wanted is None:
         return
     if len(wanted) != len(shape) or any(mine not in (None, size) for mine, size in zip(wanted, shape, strict=True)):
-        text = "(" + ", ".join("any" if size is None else str(size) for size in wanted) + ")"
-        advice = "say --image-size, or export the program for inputs of that shape"
-        if len(wanted) == len(shape) == 3 and wanted[1] and wanted[2] and wanted[1:] != shape[1:]:
-            advice = f"say --image-size {wanted[1]}x{wanted[2]}"
+        text = _shape_text(wanted)
+        advice = "export the program for inputs of that shape, or give samples of it"
+        if len(wanted) == len(shape) == 3:
+            options = []
+            if wanted[1] and wanted[2] and wanted[1:] != shape[1:]:
+                options.append(f"--image-size {wanted[1]}x{wanted[2]}")
+            if wanted[0] in (1, 3) and wanted[0] != shape[0]:
+                options.append(f"--channels {wanted[0]}")
+            if options and shape[0] in (1, 3):
+                advice = f"for images say {' '.join(options)}"
         raise TeacherError(f"{member.where}: expected samples of shape {text}, got {shape}; {advice}")
+
+
+def _shape_text(shape: tuple[int | None, ...]) -> str:
+    """A shape as Python writes it, with `any` where a size is not fixed."""
+    sizes = ["any" if size is None else str(size) for size in shape]
+    return f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
+
+
+def _shape_advice(shape: tuple[int, ...]) -> str:
+    """What may be wrong about samples of a shape: only images have a size and channels to choose."""
+    is_image = len(shape) == 3 and shape[0] in (1, 3)
+    return "say --image-size, --channels or another --arch" if is_image else "give other samples, or another --arch"
 
 
 def _checked_logits(where: str, output: Any, num_rows: int) -> Tensor:

@@ -78,9 +78,7 @@ class ZarrBackend:
     def create(self, manifest: Manifest) -> None:
         """Write the group's and the arrays' metadata, as zarr-python makes it, each file durably and whole."""
         if self.exists() and not self._begun(manifest):
-            raise PathError(
-                f"{self.path}: expected nothing, or a logit store, got something else; give --out another path"
-            )
+            raise PathError(f"{self.path}: expected nothing, or a logit store, got something else; give another path")
         metadata: dict[str, Buffer] = {}
         attributes = {"format": FORMAT_NAME, "format_version": manifest.format_version}
         group = zarr.create_group(MemoryStore(metadata), zarr_format=3, attributes=attributes)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.corpus.idx import take_rows
-from storage.corpus.labels import check_labels, one_line, read_labels
+from storage.corpus.labels import NO_LABELS, check_labels, one_line, read_labels
 from storage.corpus.protocol import Array, SampleError, SampleKind, check_row
 from storage.corpus.tables import READ_ERRORS, Table, open_table, pickled
 from storage.errors import CorpusError
@@ -98,7 +98,8 @@ def open_arrays(path: Path, labels: str | Path | None = None, array: str | None 
 
     Args:
         path: `.npy`, `.npz`, HDF5 or Zarr v3.
-        labels: file of hard targets; None takes the array beside it that is named as one of `LABEL_NAMES`.
+        labels: file of hard targets, or `none` for none; None takes the array beside it that is named as one of
+            `LABEL_NAMES`.
         array: name of the array, with `/` between groups; None takes the only one that is not named so.
 
     Raises:
@@ -110,9 +111,9 @@ def open_arrays(path: Path, labels: str | Path | None = None, array: str | None 
     _check_samples(values, where)
     num_samples = int(values.shape[0])
     hard_targets: NDArray[np.int32] | None = None
-    if labels is not None:
+    if labels is not None and labels != NO_LABELS:
         hard_targets = read_labels(labels, num_samples)
-    elif beside is not None:
+    elif beside is not None and labels is None:
         hard_targets = check_labels(beside, f"{where}: the labels in it", num_samples)
     dtype = little_endian(values).str
     index = {"kind": "arrays", "shape": [int(size) for size in values.shape], "dtype": dtype}

@@ -44,7 +44,7 @@ def default_preprocess(
         ValueError: an option is out of range, or would be ignored.
     """
     mean, std = _floats(mean), _floats(std)
-    options = {"size": size, "resize": resize, "shorter_side": shorter_side, "interpolation": interpolation}
+    options = {"image_size": size, "resize": resize, "shorter_side": shorter_side, "interpolation": interpolation}
     if corpus.sample_kind == "array":
         for name, value in {**options, "channels": channels}.items():
             if value is not None:

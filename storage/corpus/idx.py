@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.corpus.labels import check_idx_size, is_gzip, read_idx, read_idx_header, read_labels
+from storage.corpus.labels import NO_LABELS, check_idx_size, is_gzip, read_idx, read_idx_header, read_labels
 from storage.corpus.protocol import SampleError, SampleKind, check_row
 from storage.errors import CorpusError
 
@@ -29,7 +29,7 @@ class IdxCorpus:
     num_ignored: ClassVar[int] = 0
 
     path: Path
-    labels: Path | None
+    labels: str | Path | None
     hard_targets: NDArray[np.int32] | None = field(repr=False)
     fingerprint: str
     images_NHWC: NDArray[np.uint8] = field(repr=False)  # noqa: N815
@@ -88,11 +88,11 @@ def open_idx(path: Path, labels: str | Path | None = None) -> IdxCorpus:
         images = np.asarray(np.memmap(path, np.uint8, "r", offset, shape)) if min(shape) else np.empty(shape, np.uint8)
     _check_shape(images.shape, path, where)
     images_NHWC = images[..., None] if images.ndim == 3 else images
-    labels_path = Path(labels) if labels is not None else _labels_beside(path)
-    hard_targets = None if labels_path is None else read_labels(labels_path, len(images))
+    labels = _labels_beside(path) if labels is None else labels
+    hard_targets = None if labels is None or labels == NO_LABELS else read_labels(labels, len(images))
     index = {"kind": "idx", "shape": list(images_NHWC.shape), "dtype": "uint8"}
     fingerprint = sha256(json.dumps(index).encode()).hexdigest()
-    return IdxCorpus(path, labels_path, hard_targets, fingerprint, images_NHWC)
+    return IdxCorpus(path, labels, hard_targets, fingerprint, images_NHWC)
 
 
 def idx_files(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401 - importing registers them
 
-from storage.corpus.labels import one_line, read_labels
+from storage.corpus.labels import NO_LABELS, one_line, read_labels
 from storage.corpus.protocol import SampleError, SampleKind, check_row
 from storage.errors import CorpusError
 
@@ -181,7 +181,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def open_images(path: Path, labels: str | Path | None = None) -> ImageCorpus:
-    """The images below a folder, sorted by their path.
+    """The images below a folder, sorted by their path; with the labels `none` its folders are no classes.
 
     Only names and sizes are looked at. Hidden files and folders are left out; other files are counted.
 
@@ -200,8 +200,8 @@ def open_images(path: Path, labels: str | Path | None = None) -> ImageCorpus:
     found.sort()
     ends = np.cumsum([len(name) for name, _ in found], dtype="<i8")
     names, sizes = b"".join(name for name, _ in found), compact_array("q", (size for _, size in found))
-    class_names, hard_targets = _classes(found, path, where)
-    if labels is not None:
+    class_names, hard_targets = (None, None) if labels == NO_LABELS else _classes(found, path, where)
+    if labels is not None and labels != NO_LABELS:
         if class_names is not None:
             raise CorpusError(
                 f"{where}: expected its folders to say the classes, got labels '{labels}' as well; "

@@ -15,6 +15,9 @@ from storage.errors import CorpusError
 NPY_MAGIC = b"\x93NUMPY"
 GZIP_MAGIC = b"\x1f\x8b"
 
+# Instead of a path of labels: no hard targets, and no class names from the corpus's folders.
+NO_LABELS = "none"
+
 # Most bytes of an array that has to be held in memory because its file is compressed.
 MAX_MEMORY_BYTES = 8 * 2**30
 

@@ -39,7 +39,8 @@ def open_corpus(
     Args:
         path: a folder of images, an IDX file or a folder with one, or a `.npy`, `.npz`, HDF5 or Zarr v3 array.
         kind: one of `CORPUS_KINDS`; None finds it.
-        labels: a `.npy` or IDX file of hard targets, instead of those that the corpus brings.
+        labels: a `.npy` or IDX file of hard targets, instead of those that the corpus brings; `none` ignores these, and
+            the classes that its folders name.
         array: name of the array, where the file or group holds several.
 
     Raises:

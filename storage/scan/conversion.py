@@ -5,6 +5,7 @@ from pathlib import Path
 
 from storage.backends import backend_for
 from storage.errors import DamageError, MismatchError, NotSealedError, PathError
+from storage.exclusive import sole_run
 from storage.manifest import Compressor, Manifest
 from storage.reader import Store, open_store
 from storage.records import array_digests
@@ -69,7 +70,7 @@ def convert(
         manifest = _target_manifest(store, compressor)
         _check_target(Path(source), Path(target), manifest)
         advance = one_at_a_time(progress)
-        with StoreWriter.open(target, manifest) as writer:
+        with sole_run(target), StoreWriter.open(target, manifest) as writer:
             _copy(store, writer, num_workers, advance)
             written = writer.finalize(partial=True, progress=advance)
             if written != digest:

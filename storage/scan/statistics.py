@@ -4,6 +4,7 @@ Legend: N rows, C classes, T temperatures, K kept entries.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -71,7 +72,7 @@ class Refused:
     """Rows without targets for one reason.
 
     Attributes:
-        reason: one line.
+        reason: one line; reasons that differ in their numbers alone are counted as the first of them.
         num_rows: how many rows.
         key: key of the first of them.
         row: the first of them.
@@ -196,7 +197,7 @@ class _Tally:
     tail_sum: Array = field(default_factory=lambda: np.zeros(0))
     tail_max: Array = field(default_factory=lambda: np.zeros(0))
     reasons: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, tuple[str, int]] = field(default_factory=dict)
+    examples: dict[str, tuple[str, str, int]] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, manifest: Manifest) -> Self:
@@ -222,16 +223,17 @@ class _Tally:
         self.num_ties += later.num_ties
         self.entropy_sum += later.entropy_sum
         self.tail_max = np.maximum(self.tail_max, later.tail_max)
-        for reason, count in later.reasons.items():
-            self.refuse(reason, *later.examples[reason], count=count)
+        for group, count in later.reasons.items():
+            self.refuse(*later.examples[group], count=count)
         return self
 
     def refuse(self, reason: str, key: str, row: int, count: int = 1) -> None:
         """Count a row without targets."""
-        if reason not in self.reasons and len(self.reasons) >= MAX_REASONS:
-            reason = "other reasons"
-        self.reasons[reason] += count
-        self.examples.setdefault(reason, (key, row))
+        group = re.sub(r"\d+", "#", reason)  # sizes and offsets differ from file to file
+        if group not in self.reasons and len(self.reasons) >= MAX_REASONS:
+            group = reason = "other reasons"
+        self.reasons[group] += count
+        self.examples.setdefault(group, (reason, key, row))
 
 
 def _tally_shard(store: Store, shard: int, advance: Progress) -> _Tally:
@@ -299,7 +301,10 @@ def _tail_of(bins: Array) -> Array:
 def _to_stats(store: Store, tally: _Tally) -> Stats:
     manifest, num_ok = store.manifest, int(tally.status[STATUS_OK])
     edges = np.linspace(0, math.log(manifest.num_classes) or 1.0, ENTROPY_BINS + 1)
-    refused = [Refused(reason, count, *tally.examples[reason]) for reason, count in tally.reasons.most_common()]
+    refused = []
+    for group, count in tally.reasons.most_common():
+        reason, key, row = tally.examples[group]
+        refused.append(Refused(reason, count, key, row))
     agreement = Agreement(int(tally.known.sum()), int(tally.agreed.sum()), _ints(tally.known), _ints(tally.agreed))
     return Stats(
         path=store.path,

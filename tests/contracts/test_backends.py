@@ -190,10 +190,10 @@ def test_other_settings_are_refused_and_named(kind: str, backend: Open) -> None:
     compressor = compressor_of(kind)
     StoreWriter.on(backend(), small_manifest(compressor=compressor)).close()
     others: dict[str, dict[str, Any]] = {
-        "encoding.k: 3, not 4": {"encoding": TopK(4)},
+        "encoding.k: the store has 3, this run 4": {"encoding": TopK(4)},
         "teacher.digest: ": {"teacher": {"digest": "00"}},
         "temperatures: ": {"temperatures": (1.0, 2.0)},
-        r"\(and 1 more\); use the same settings, or give --out": {
+        r"\(and 1 more\); use the same settings, or another path": {
             "num_rows": 23,
             "chunk_rows": 2,
             "num_classes": 6,

@@ -68,7 +68,7 @@ def test_the_zarr_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
     group = zarr.create_group(path)
     group.create_array("lse", shape=(3,), dtype="f4")
     before = {file: file.read_bytes() for file in path.rglob("zarr.json")}
-    with pytest.raises(PathError, match="expected nothing, or a logit store, got something else; give --out another"):
+    with pytest.raises(PathError, match="expected nothing, or a logit store, got something else; give another"):
         StoreWriter.open(path, small_manifest())
     assert {file: file.read_bytes() for file in path.rglob("*.json")} == before
 

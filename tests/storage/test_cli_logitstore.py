@@ -233,6 +233,13 @@ def test_what_is_no_store_is_refused_in_one_line(
     assert result.stdout == ""
 
 
+def test_finalize_of_a_store_of_which_nothing_is_sealed_says_so(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "a.zarr", manifest_of(), shards=0, finalize=False)
+    for words in ([], ["--partial"]):
+        result = run("finalize", path, *words)
+        assert (result.exit_code, "nothing is sealed yet" in result.stderr) == (1, True)
+
+
 def test_a_damaged_record_is_one_line(store: Path) -> None:
     flip(store / "final.json", 40)
     result = run("info", store)

@@ -13,6 +13,7 @@ from storage.encodings import Dense, Encoding, TopK
 from storage.errors import DamageError, NotSealedError, PathError
 from storage.records import QuarantineEntry
 from storage.scan import Stats, stats, write_picture
+from storage.scan.statistics import _Tally
 from storage.writer import StoreWriter
 from tests.storage.scan_stores import BLURRED, BROKEN, hard_targets_of, logits_of, manifest_of, write_store
 
@@ -42,6 +43,11 @@ def test_counts_are_those_of_a_plain_count(tmp_path: Path, encoding: Encoding, s
     ]
     assert set(figures.bytes_by_array) == {spec.name for spec in manifest.arrays}
     json.dumps(figures.to_json(), allow_nan=False)
+
+
+def words(number: int) -> str:
+    """A number in letters: reasons that differ in digits alone count as one."""
+    return "".join(chr(ord("a") + int(digit)) for digit in str(number))
 
 
 def test_it_is_the_same_for_any_number_of_threads(tmp_path: Path) -> None:
@@ -88,9 +94,17 @@ def refused_store(path: Path, reasons: int) -> Path:
             start, stop = manifest.layout.shard_bounds(shard)
             arrays = {spec.name: spec.full(stop - start) for spec in manifest.arrays}
             arrays["status"][:] = STATUS_UNDECODABLE
-            entries = [QuarantineEntry(row, f"k{row}", f"reason {row // 2}") for row in range(start, stop)]
+            entries = [QuarantineEntry(row, f"k{row}", f"reason {words(row // 2)}") for row in range(start, stop)]
             writer.write_shard(shard, arrays, entries)
     return path
+
+
+def test_reasons_that_differ_in_numbers_alone_are_one() -> None:
+    tally = _Tally.empty(manifest_of())
+    for row, reason in enumerate(("byte 7 of 80 is wrong", "byte 12 of 9 is wrong", "no file")):
+        tally.refuse(reason, f"k{row}", row)
+    assert list(tally.reasons.values()) == [2, 1]
+    assert list(tally.examples.values()) == [("byte 7 of 80 is wrong", "k0", 0), ("no file", "k2", 2)]
 
 
 def test_a_store_of_refused_rows_has_figures_and_a_picture(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_topk_is_compressed_unless_asked_otherwise(invoke: Invoke, tmp_path: Pat
         (["--encoding", "topk", "--k", "6"], {}, 2, r"k: expected at most the number of classes \(5\), got 6"),
         (["--combine", "mean-probs"], {}, 2, "combine: expected several models, got one"),
         (["--precision", "fp16"], {}, 2, "precision: expected fp32 or bf16 on cpu, got fp16"),
-        (["--image-size", "8"], {}, 2, "size: expected a corpus of images, got arrays; leave it out"),
+        (["--image-size", "8"], {}, 2, "image_size: expected a corpus of images, got arrays; leave it out"),
         (["--limit-bytes", "1kB"], {}, 2, "limit_bytes: expected room for one shard"),
         (["--temperature", "0"], {}, 2, "temperatures: expected numbers above 0"),
     ],
@@ -266,6 +266,8 @@ def test_bad_input_is_one_line_and_an_exit_code(
         (["--limit-bytes", "10 elephants"], "expected bytes such as 500MB or 2GiB"),
         (["--image-size", "8x8x3"], "expected pixels such as 224"),
         (["--mean", "a,b"], "expected numbers such as 0.485,0.456,0.406"),
+        (["--channels", "2"], "'2' is not one of '1', '3'"),
+        (["--out", ""], "expected a path, got nothing"),
         (["--nonsense"], "No such option"),
     ],
 )
@@ -293,7 +295,7 @@ def test_a_refused_sample_is_counted_in_what_a_run_prints(
     broken.write_bytes(broken.read_bytes()[:200])
     result = invoke(model=str(path), arch="cnn:3-4-2", data=str(images))
     assert result.exit_code == 0
-    assert "40 of 40 rows sealed, 1 refused" in result.stdout
+    assert "40 of 40 rows sealed, 1 refused (logitstore stats " in result.stdout
 
 
 def test_help_is_quick_and_imports_no_torch() -> None:

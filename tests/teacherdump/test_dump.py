@@ -12,16 +12,21 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 from storage.arrays import STATUS_NOT_FINITE, STATUS_OK, STATUS_UNDECODABLE
+from storage.cli import main as logitstore
 from storage.console import progress
-from storage.corpus import open_corpus, read_batch, sample_digest
+from storage.corpus import open_corpus, read_batch, sample_digest, verify_corpus
 from storage.encodings import Dense, TopK
 from storage.errors import CorpusError, CorpusMismatchError, MismatchError, OutOfSpaceError, PathError, TeacherError
+from storage.exclusive import sole_run
+from storage.interruption import Interrupted
 from storage.layout import Layout
 from storage.reader import open_store
 from storage.records import QuarantineEntry
+from storage.scan import verify
 from storage.writer import StoreWriter
 from studenttrain.models import build_model
 from teacherdump import run as run_module
@@ -197,8 +202,7 @@ def test_a_first_shard_without_any_target_stops_the_run_before_it_is_sealed(
     np.savez(tmp_path / "corpus.npz", x=rows)
     with pytest.raises(TeacherError, match=r"row 0 \('0'\): expected finite logits for some of the first 32 samples"):
         run(config(**marked))
-    with open_store(tmp_path / "out.zarr") as store:
-        assert store.sealed_shards() == ()
+    assert not (tmp_path / "out.zarr").exists()
 
 
 def test_a_first_shard_of_samples_that_can_not_be_decoded_stops_the_run(
@@ -259,12 +263,12 @@ def test_shards_that_are_all_sealed_are_finalized_without_loading_the_teacher(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "bf16"}, 'teacher.precision: "fp32", not "bf16"'),
-        ({"encoding": "topk", "k": 2}, 'encoding.name: "dense", not "topk"'),
-        ({"temperatures": (3.0,)}, r"temperatures: \[1.0, 2.0, 4.0\], not \[3.0\]"),
-        ({"scale": 2.0}, r"preprocess.scale: 1.0, not 2.0"),
-        ({"shard_rows": 64}, "shard_rows: 32, not 64"),
-        ({"compressor": "zstd"}, 'compressor: "none", not "zstd"'),
+        ({"precision": "bf16"}, 'teacher.precision: the store has "fp32", this run "bf16"'),
+        ({"encoding": "topk", "k": 2}, 'encoding.name: the store has "dense", this run "topk"'),
+        ({"temperatures": (3.0,)}, r"temperatures: the store has \[1.0, 2.0, 4.0\], this run \[3.0\]"),
+        ({"scale": 2.0}, r"preprocess.scale: the store has 1.0, this run 2.0"),
+        ({"shard_rows": 64}, "shard_rows: the store has 32, this run 64"),
+        ({"compressor": "zstd"}, 'compressor: the store has "none", this run "zstd"'),
     ],
 )
 def test_a_run_that_would_change_what_the_store_holds_is_refused(
@@ -285,9 +289,9 @@ def test_another_teacher_corpus_or_labels_are_refused(
         run(config(models=(str(other),)))
     np.savez(tmp_path / "longer.npz", x=rows.repeat(2, axis=0))
     np.save(tmp_path / "longer.npy", np.zeros(400, np.int64))
-    with pytest.raises(MismatchError, match=r"num_rows: 200, not 400"):
+    with pytest.raises(MismatchError, match=r"num_rows: the store has 200, this run 400"):
         run(config(data=str(tmp_path / "longer.npz"), labels=str(tmp_path / "longer.npy")))
-    with pytest.raises(MismatchError, match=r"has_hard_targets: true, not false"):
+    with pytest.raises(MismatchError, match=r"has_hard_targets: the store has true, this run false"):
         run(config(labels=None))
     np.save(tmp_path / "labels.npy", np.zeros(200, np.int64))
     with pytest.raises(CorpusMismatchError, match=r"row 0 .*: expected the hard target -1, got 0"):
@@ -326,8 +330,92 @@ def test_a_limit_on_bytes_is_kept(config: Build, tmp_path: Path) -> None:
     assert 0 < result.num_sealed_rows < 200
     shards = sum(path.stat().st_size for path in (tmp_path / "out.zarr").rglob("c/**/*") if path.is_file())
     assert shards <= 9000
-    with pytest.raises(ValueError, match=r"limit_bytes: expected room for one shard at 43 B a row, got 100 bytes"):
+    with pytest.raises(
+        ValueError, match=r"limit_bytes: expected room for one shard of 32 rows, 1.38 kB, got 100 bytes"
+    ):
         run(config(limit_bytes=100))
+
+
+def test_a_limit_that_leaves_no_room_leaves_no_store(config: Build, tmp_path: Path) -> None:
+    for out in ("out.zarr", "out.h5"):
+        with pytest.raises(ValueError, match=r"limit_bytes: expected room for one shard"):
+            run(config(limit_bytes=100, out=str(tmp_path / out)))
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("name", ["out.zarr", "out.h5"])
+def test_a_store_of_which_nothing_is_sealed_is_begun_anew_with_other_settings(
+    config: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    out = str(tmp_path / name)
+    with monkeypatch.context() as patch:
+        patch.setattr("teacherdump.dump.dump", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+        with pytest.raises(OSError, match="broken"):
+            run(config(out=out))
+    with open_store(out) as store:
+        assert store.sealed_shards() == ()
+    assert preview(config(out=out, encoding="topk", k=2, shard_rows=64)).num_new_rows == 200
+    undisturbed = run(config(out=str(tmp_path / f"another-{name}"), encoding="topk", k=2, shard_rows=64))
+    result = run(config(out=out, encoding="topk", k=2, shard_rows=64))
+    assert result.content_digest == undisturbed.content_digest is not None
+    assert verify(out).warnings == ()
+
+
+@pytest.mark.parametrize("name", ["out.zarr", "out.h5"])
+def test_a_second_run_and_finalize_are_refused_while_a_run_writes(config: Build, tmp_path: Path, name: str) -> None:
+    out = str(tmp_path / name)
+    run(config(out=out, limit_samples=32))
+    message = "another teacherdump run is writing this store; wait for it, or stop it"
+    with sole_run(out):
+        with pytest.raises(PathError, match=message):
+            run(config(out=out))
+        refused = CliRunner().invoke(logitstore, ["finalize", out, "--partial"])
+        assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+        assert message in refused.stderr
+        assert verify(out).warnings == ()
+    assert run(config(out=out)).content_digest is not None
+
+
+@pytest.mark.parametrize("name", ["out.zarr", "out.h5"])
+def test_a_run_that_begins_while_another_does_is_refused(config: Build, tmp_path: Path, name: str) -> None:
+    out = str(tmp_path / name)
+    with sole_run(out), pytest.raises(PathError, match="another teacherdump run is writing this store"):
+        run(config(out=out))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_store_finalized_at_a_part_says_so(config: Build, tmp_path: Path) -> None:
+    run(config(limit_samples=32))
+    assert CliRunner().invoke(logitstore, ["finalize", str(tmp_path / "out.zarr"), "--partial"]).exit_code == 0
+    summary = run(config()).summary()
+    assert "finalized at 32 of 200 rows; the others can't be added any more" in summary
+
+
+def test_a_second_interruption_still_says_where_the_store_stands(
+    config: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config(limit_samples=32))
+    monkeypatch.setattr("teacherdump.dump.dump", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(Interrupted, match=r"interrupted: 32 of 200 rows are sealed in .*; run the same command again"):
+        run(config())
+
+
+def test_a_path_with_spaces_is_quoted_in_what_to_do_next(config: Build, tmp_path: Path) -> None:
+    out = str(tmp_path / "my logits.zarr")
+    assert f"logitstore finalize '{out}' --partial" in run(config(out=out, limit_samples=32)).summary()
+
+
+def test_class_folders_that_are_not_the_teachers_classes_can_be_left_out(
+    config: Build, images: Path, saving: dict[str, Any], tmp_path: Path
+) -> None:
+    weights = saving["weights"](tmp_path / "cnn.pt", "cnn:3-4-3")
+    options = {"models": (str(weights),), "arch": "cnn:3-4-3", "data": str(images), "shard_rows": 16}
+    with pytest.raises(TeacherError, match=r"where the folders are no classes of the teacher: --labels none"):
+        run(config(**options, labels=None))
+    assert run(config(**options, labels="none")).num_sealed_rows == 40
+    with open_store(tmp_path / "out.zarr") as store:
+        assert (store.manifest.class_names, store.manifest.has_hard_targets) == (None, False)
+        verify_corpus(store, open_corpus(images))
 
 
 def test_a_limit_on_hours_lets_one_shard_pass(config: Build) -> None:
@@ -488,9 +576,7 @@ def test_a_batch_beyond_what_a_program_takes_is_refused(config: Build, saving: d
 def test_something_else_at_out_is_refused(config: Build, tmp_path: Path) -> None:
     (tmp_path / "out.zarr").mkdir()
     (tmp_path / "out.zarr" / "diary.txt").write_text("mine")
-    with pytest.raises(
-        PathError, match="expected nothing, or a logit store, got something else; give --out another path"
-    ):
+    with pytest.raises(PathError, match="expected nothing, or a logit store, got something else; give another path"):
         run(config())
     assert (tmp_path / "out.zarr" / "diary.txt").read_text() == "mine"
 

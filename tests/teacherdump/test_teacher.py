@@ -516,12 +516,30 @@ def test_inputs_that_a_model_does_not_take_are_refused_with_their_shape(weights:
     assert "\n" not in str(caught.value)
 
 
+def test_an_error_in_torchscript_is_the_line_that_says_what_is_wrong(tmp_path: Path, saving: Saving) -> None:
+    teacher = load(saving["script"](tmp_path / "cnn.pt", build_model("cnn:3-4-5").eval()))
+    message = (
+        r"got RuntimeError: Given groups=1, weight of size .*; if the shape is wrong, say --image-size, --channels"
+    )
+    with pytest.raises(TeacherError, match=message):
+        teacher(torch.zeros(2, 1, 16, 16))
+    teacher = load(saving["script"](tmp_path / "mlp.pt", build_model(ARCH).eval()))
+    with pytest.raises(TeacherError, match=r"shape is wrong, give other samples, or another --arch$"):
+        teacher(torch.zeros(2, 7))
+
+
 def test_a_program_says_what_samples_it_takes(tmp_path: Path, saving: Saving) -> None:
     image = torch.zeros(4, 3, 16, 16)
     teacher = load(saving["program"](tmp_path / "cnn.pt2", build_model("cnn:3-4-5").eval(), image))
-    with pytest.raises(TeacherError, match=r"samples of shape \(3, 16, 16\), got \(3, 8, 8\); say --image-size 16x16"):
+    with pytest.raises(
+        TeacherError, match=r"samples of shape \(3, 16, 16\), got \(3, 8, 8\); for images say --image-size 16x16"
+    ):
         teacher(torch.zeros(2, 3, 8, 8))
-    with pytest.raises(TeacherError, match=r"got \(12,\); say --image-size, or export"):
+    with pytest.raises(TeacherError, match=r"got \(1, 16, 16\); for images say --channels 3$"):
+        teacher(torch.zeros(2, 1, 16, 16))
+    with pytest.raises(
+        TeacherError, match=r"got \(12,\); export the program for inputs of that shape, or give samples"
+    ):
         teacher(torch.zeros(2, 12))
 
 
