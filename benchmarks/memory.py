@@ -21,13 +21,13 @@ import torch
 from benchmarks.result import write_result
 from studenttrain.models import MLP
 
-SIZES = (256, 128, 100)
+SIZES = (64, 64, 100)
 
 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=100_000, help="of the smaller corpus")
+    parser.add_argument("--rows", type=int, default=500_000, help="of the smaller corpus")
     parser.add_argument("--factor", type=int, default=10)
     args = parser.parse_args()
     figures: dict[str, object] = {"rows": args.rows, "factor": args.factor}
@@ -66,7 +66,7 @@ def run_command(folder: Path, rows: int) -> list[str]:
 
 def fit_command(folder: Path, rows: int) -> list[str]:
     """A pass over its store."""
-    command = f"studenttrain fit --targets {folder}/{rows}.zarr --data {folder}/{rows}.npy --student mlp:256-64-100"
+    command = f"studenttrain fit --targets {folder}/{rows}.zarr --data {folder}/{rows}.npy --student mlp:64-64-100"
     return f"{command} --epochs 1 --batch-size 1024 --out {folder}/student-{rows}".split()
 
 

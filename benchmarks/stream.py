@@ -4,10 +4,11 @@
     python -m benchmarks.stream --compressor zstd     # at least 0.8 of the compressor's own decompression
 
 Writes a dense float16 store and a flat file of the same values into a temporary folder, reads both once so that they
-lie in the page cache, then reads them in turns: the flat file in order, batch by batch, into one buffer; the store
-through `TargetReader`, whole epochs, every chunk's checksum checked, all rows shuffled. With zstd it also decompresses
-all chunks from memory with as many threads as the stream uses. Prints one JSON object; speeds are in GB/s (10^9) of
-values, each figure the median over the repeats.
+lie in the page cache, then reads them in turns: the flat file in order, batch by batch, each into a new array
+(`plain`), or all into one buffer (`reused`), or in a shuffled order (`shuffled`); the store through `TargetReader`,
+whole epochs, every chunk's checksum checked, all rows shuffled. With zstd it also decompresses all chunks from memory
+with as many threads as the stream uses. Prints one JSON object; speeds are in GB/s (10^9) of values, each figure the
+median over the repeats.
 """
 
 import argparse
@@ -61,11 +62,23 @@ def write_store(folder: Path, num_rows: int, num_classes: int, compressor: Compr
 
 
 def read_plain(values: Array, batch_size: int) -> None:
-    """Copy a mapped array in order, batch by batch, into one buffer."""
+    """Read a mapped array in order, a new array for each batch, as a plain reader of `np.memmap` does."""
+    for start in range(0, len(values), batch_size):
+        np.array(values[start : start + batch_size])
+
+
+def read_reused(values: Array, batch_size: int) -> None:
+    """The same into one buffer, which stays in the processor's cache: nothing is written to memory at all."""
     batch = np.empty((batch_size, *values.shape[1:]), values.dtype)
     for start in range(0, len(values), batch_size):
         part = values[start : start + batch_size]
         batch[: len(part)] = part
+
+
+def read_shuffled(values: Array, batch_size: int, order: Array) -> None:
+    """The same rows in a shuffled order, as a plain training loop over `np.memmap` reads them."""
+    for start in range(0, len(values), batch_size):
+        values[order[start : start + batch_size]]
 
 
 def epochs(reader: TargetReader, seed: int, batch_size: int, values: Array) -> Iterator[None]:
@@ -137,9 +150,12 @@ def main() -> None:
         path = write_store(Path(name), args.rows, args.classes, args.compressor)
         plain = np.memmap(path.with_name("values.bin"), np.float16, "r", shape=(args.rows, args.classes))
         with open_store(path) as store, TargetReader(store, args.arrays) as reader:
+            shuffled = np.random.default_rng(0).permutation(args.rows)
             stream = epochs(reader, 0, args.batch_size, plain)
             runs: dict[str, Callable[[], object]] = {
                 "plain": lambda: read_plain(plain, args.batch_size),
+                "reused": lambda: read_reused(plain, args.batch_size),
+                "shuffled": lambda: read_shuffled(plain, args.batch_size, shuffled),
                 "stream": lambda: next(stream),
             }
             if args.compressor != "none":
