@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--mnist", type=Path, required=True, help="folder of the four IDX files")
     parser.add_argument("--run", type=Path, required=True, help="folder that holds teacher.pt; everything goes there")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds-300", type=int, default=3, help="of the students of 300 units")
+    parser.add_argument("--temperatures-30", type=float, nargs="+", default=[1, 2.5, 4, 8, 20])
     parser.add_argument("--epochs", type=int, default=40, help="of the students of 800 units")
     parser.add_argument("--epochs-30", type=int, default=50, help="of the students of 30 units")
     parser.add_argument("--epochs-300", type=int, default=15, help="of the students of 300 units")
@@ -70,13 +72,13 @@ def main() -> None:
             "--encoding", "dense", "--values", "float32", "--out", args.run / f"{split}.zarr",
         )  # fmt: skip
     large = [Student(800, temperature, seed, args.epochs) for seed in range(args.seeds) for temperature in (None, 20.0)]
-    temperatures = {30: (1.0, 2.5, 4.0, 8.0, 20.0), 300: (4.0, 8.0, 20.0)}
+    temperatures = {30: tuple(args.temperatures_30), 300: (4.0, 8.0, 20.0)}
     epochs = {30: args.epochs_30, 300: args.epochs_300}
     small = [
         Student(units, temperature, seed, epochs[units])
         for units, row in temperatures.items()
         for temperature in row
-        for seed in range(args.seeds)
+        for seed in range(args.seeds_300 if units == 300 else args.seeds)
     ]
     errors = {student: train(student, args) for student in large + small}
     teacher = json.loads(call("logitstore", "stats", args.run / "test.zarr", "--json"))

@@ -155,7 +155,7 @@ def test_an_unknown_array_or_row_is_refused(kind: str, backend: Open) -> None:
 def test_finalizing_wants_every_shard_or_the_word_partial(kind: str, backend: Open) -> None:
     manifest = small_manifest(compressor=compressor_of(kind))
     with StoreWriter.on(backend(), manifest) as writer:
-        with pytest.raises(NotSealedError, match="expected all 3 shards sealed, got 0"):
+        with pytest.raises(NotSealedError, match="nothing is sealed yet"):
             writer.finalize(partial=True)
         write(writer, 0, 2)
         writer.store.backend.write_shard(1, shard_arrays(manifest, 1)[0])  # a writer killed before the seal
