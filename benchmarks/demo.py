@@ -61,7 +61,7 @@ def main() -> None:
     (folder / "teacher.pt").unlink()
     fit = (
         f"studenttrain fit --targets {folder}/train-logits.zarr --data {folder}/train --student {STUDENT} "
-        f"--epochs {EPOCHS} --batch-size 64 --lr 2e-3 --val-data {folder}/test --val-targets {folder}/test-logits.zarr"
+        f"--epochs {EPOCHS} --batch-size 64 --lr 1e-2 --val-data {folder}/test --val-targets {folder}/test-logits.zarr"
     )
     call(f"{fit} --temperature {TEMPERATURE} --out {folder}/soft")
 

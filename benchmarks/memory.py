@@ -4,7 +4,8 @@
 
 Runs the real commands over a corpus and over one of ten times its rows, and compares their peaks. A peak is the largest
 resident set of the process, sampled every 10 ms, without the pages of mapped files: those belong to the page cache and
-go when anyone else wants the room.
+go when anyone else wants the room. Both dumps have shards of one size: by default a small corpus has smaller ones, and
+a dump holds a few shards, whatever the number of rows.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def run_command(folder: Path, rows: int) -> list[str]:
     """The dump of a corpus."""
     arch = "mlp:" + "-".join(map(str, SIZES))
     command = f"teacherdump run --model {folder}/teacher.pt --arch {arch} --data {folder}/{rows}.npy"
-    return f"{command} --encoding dense --batch-size 1024 --out {folder}/{rows}.zarr".split()
+    return f"{command} --encoding dense --batch-size 1024 --shard-rows 32768 --out {folder}/{rows}.zarr".split()
 
 
 def fit_command(folder: Path, rows: int) -> list[str]:
