@@ -36,7 +36,7 @@ def bound_of(values_NK: Array, value_type: ValueType) -> Array:
         return size * 0
     if value_type == "float16":
         return np.where(size > 65504, size - 65504 + 32, np.maximum(size * 2.0**-11, 2.0**-25))
-    return np.broadcast_to(size.max(axis=1, keepdims=True) / 510 * (1 + 1e-5) + 1e-37, size.shape)
+    return np.broadcast_to(size.max(axis=1, keepdims=True) * (1 / 510 + 2.0**-22) + 1e-37, size.shape)
 
 
 @given(logits, st.sampled_from(VALUE_TYPES))

@@ -126,7 +126,7 @@ def test_differences_name_fields_and_both_values() -> None:
     theirs = replace(mine, teacher={"digest": "b", "kind": "export"}, temperatures=(1.0,), provenance={"x": 1})
     found = mine.differences(theirs)
     assert found[0] == "temperatures: the store has [1.0, 4.0], this run [1.0]"
-    assert found[1].startswith('teacher.digest: "aaaa')
+    assert found[1].startswith('teacher.digest: the store has "aaaa')
     assert found[1].endswith('..., this run "b"')
     assert len(found) == 2
 
