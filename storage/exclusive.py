@@ -16,6 +16,7 @@ from storage.backends import Hdf5Backend, backend_for
 from storage.backends.files import clear_os_errors, make_folder
 from storage.backends.zarr3 import GROUP
 from storage.errors import PathError
+from storage.head import HEAD_FOLDER
 from storage.reader import Store
 from storage.records import MANIFEST
 
@@ -55,7 +56,7 @@ def discard_unsealed(store: Store) -> None:
     assert folder is not None
     store.close()
     with clear_os_errors(store.path):
-        for name in (MANIFEST, "seals", "shards", *(spec.name for spec in store.manifest.arrays), GROUP):
+        for name in (MANIFEST, HEAD_FOLDER, "seals", "shards", *(spec.name for spec in store.manifest.arrays), GROUP):
             if (folder / name).is_dir():
                 shutil.rmtree(folder / name)
             else:

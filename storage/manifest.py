@@ -6,13 +6,15 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, Self
 
-from storage.arrays import ArraySpec, common_arrays
+from storage.arrays import ArraySpec, common_arrays, float_array
 from storage.encodings import Encoding, encoding_from_json
 from storage.errors import DamageError, FormatVersionError
 from storage.layout import Layout
+from storage.sequences import Sequences, at_positions
 
 FORMAT_NAME = "logit-store"
-FORMAT_VERSION = (1, 0)
+FORMAT_VERSION = (1, 1)  # that is read; each store is of the lowest version that has all that it keeps
+OPTIONAL_FIELDS = ("sequences", "lineage")  # of later minor versions: left out of the JSON where they are None
 MOST_CHUNK_BYTES = (2 << 30) - 64  # of one array: what Blosc takes
 
 Compressor = Literal["none", "zstd"]
@@ -36,7 +38,9 @@ class Manifest:
         has_hard_targets: whether the corpus had true classes.
         compressor: of every chunk: `none`, or `zstd` after byte shuffle.
         provenance: when, where and with which software it was made; not part of what the store says.
-        format_version: of the format that the store is written in.
+        format_version: of the format that the store is written in; None is the lowest that has all that it keeps.
+        sequences: what makes its rows sequences; None where a row is one distribution.
+        lineage: the stores that its rows were taken from, the first one first; None where a teacher gave them.
         extra: fields of a later minor version, kept as they are.
 
     Raises:
@@ -56,11 +60,16 @@ class Manifest:
     has_hard_targets: bool
     compressor: Compressor
     provenance: Mapping[str, Any]
-    format_version: str = ".".join(map(str, FORMAT_VERSION))
+    format_version: str = ""
+    sequences: Sequences | None = None
+    lineage: tuple[Mapping[str, Any], ...] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         Layout(self.num_rows, self.shard_rows, self.chunk_rows)
+        if not self.format_version:
+            is_first = self.sequences is None and self.lineage is None and self.encoding.name in ("dense", "topk")
+            object.__setattr__(self, "format_version", "1.0" if is_first else "1.1")
         if self.num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1, got {self.num_classes}")
         if not self.temperatures or any(not 0 < value < float("inf") for value in self.temperatures):
@@ -73,7 +82,9 @@ class Manifest:
             )
         if self.compressor not in ("none", "zstd"):
             raise ValueError(f"compressor: expected none or zstd, got {self.compressor!r}")
-        self.encoding.arrays(self.num_classes, len(self.temperatures))
+        if self.sequences is not None and (self.has_hard_targets or self.class_names is not None):
+            raise ValueError("sequences: expected neither class names nor hard targets beside them, got some")
+        self.encoding.check(self.num_classes, self.temperatures)
         largest = max(self.arrays, key=lambda spec: spec.row_bytes)
         if self.chunk_rows * largest.row_bytes > MOST_CHUNK_BYTES:
             raise ValueError(
@@ -92,6 +103,10 @@ class Manifest:
         num_temperatures = len(self.temperatures)
         specs = common_arrays(num_temperatures, self.has_hard_targets)
         specs += self.encoding.arrays(self.num_classes, num_temperatures)
+        if self.sequences is not None:
+            specs += (float_array("hard_target_logprob", "float16"),)
+            specs = tuple(at_positions(spec, self.sequences) for spec in specs)
+            specs += self.sequences.arrays(self.num_classes)
         return tuple(sorted(specs, key=lambda spec: spec.name))
 
     @property
@@ -108,6 +123,13 @@ class Manifest:
         for option in fields(self):
             value[option.name] = getattr(self, option.name)
         value |= value.pop("extra")
+        for name in OPTIONAL_FIELDS:
+            if value[name] is None:
+                del value[name]
+        if self.sequences is not None:
+            value["sequences"] = self.sequences.to_json()
+        if self.lineage is not None:
+            value["lineage"] = [dict(origin) for origin in self.lineage]
         value["encoding"] = self.encoding.to_json()
         value["temperatures"] = [float(temperature) for temperature in self.temperatures]
         value["class_names"] = None if self.class_names is None else list(self.class_names)
@@ -129,9 +151,9 @@ class Manifest:
         """The fields in which another manifest would change what the store holds, with both values."""
         mine, theirs = self.to_json(), other.to_json()
         found = []
-        for name in mine:
-            if name != "provenance" and mine[name] != theirs[name]:
-                found += _differences(name, mine[name], theirs[name])
+        for name in {**mine, **theirs}:
+            if name != "provenance" and mine.get(name) != theirs.get(name):
+                found += _differences(name, mine.get(name), theirs.get(name))
         return found
 
     @classmethod
@@ -157,9 +179,13 @@ class Manifest:
             )
         try:
             known = {option.name for option in fields(cls)} - {"extra"}
-            options = {name: value[name] for name in known}
+            options = {name: value[name] for name in known if name in value or name not in OPTIONAL_FIELDS}
             options["extra"] = {name: value[name] for name in value if name not in known and name != "format"}
             options["encoding"] = encoding_from_json(options["encoding"])
+            if "sequences" in options:
+                options["sequences"] = Sequences.from_json(options["sequences"])
+            if "lineage" in options:
+                options["lineage"] = tuple(dict(origin) for origin in options["lineage"])
             options["temperatures"] = tuple(float(temperature) for temperature in options["temperatures"])
             if options["class_names"] is not None:
                 options["class_names"] = tuple(str(name) for name in options["class_names"])

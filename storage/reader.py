@@ -10,7 +10,9 @@ import numpy as np
 from storage.arrays import Array, ArraySpec
 from storage.backends import Backend, backend_for
 from storage.backends.zarr3 import seal_name
+from storage.encodings import HeadArrays, Hidden
 from storage.errors import DamageError, NotSealedError, PathError
+from storage.head import read_head
 from storage.layout import Layout
 from storage.manifest import Manifest
 from storage.records import (
@@ -48,6 +50,7 @@ class Store:
             raise
         self._sealed = frozenset(() if self.final is None else self.final.sealed)
         self._checked: set[int] = set()
+        self._head: HeadArrays | None = None
 
     def _final(self) -> Final | None:
         data = self.backend.get_record(FINAL)
@@ -84,6 +87,17 @@ class Store:
     def content_digest(self) -> str | None:
         """Identity of what the store says, or None until it is finalized."""
         return None if self.final is None else self.final.content_digest
+
+    def head(self) -> HeadArrays | None:
+        """The head that makes logits of hidden states, read once; None where the encoding keeps no hidden states.
+
+        Raises:
+            DamageError: it is missing, or not the one that the manifest names.
+        """
+        encoding = self.manifest.encoding
+        if self._head is None and isinstance(encoding, Hidden):
+            self._head = read_head(self.backend.get_record, encoding, self.manifest.num_classes, self.path)
+        return self._head
 
     def sealed_shards(self) -> tuple[int, ...]:
         """Indices of the sealed shards as of now, ascending."""

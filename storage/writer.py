@@ -13,7 +13,9 @@ from storage.arrays import STATUS_OK, STATUS_UNWRITTEN, Array, Arrays
 from storage.backends import Backend, backend_for
 from storage.backends.files import clear_os_errors
 from storage.backends.zarr3 import seal_name
+from storage.encodings import HeadArrays, Hidden
 from storage.errors import DamageError, MismatchError, NotSealedError, PathError
+from storage.head import head_digest, head_records
 from storage.layout import Layout
 from storage.manifest import Manifest
 from storage.reader import Store, num_rows_of
@@ -39,21 +41,33 @@ class StoreWriter:
         self.store = store
 
     @classmethod
-    def open(cls, path: str | Path, manifest: Manifest) -> Self:
+    def open(cls, path: str | Path, manifest: Manifest, head: HeadArrays | None = None) -> Self:
         """Create a store, or go on with the one that is there.
+
+        Args:
+            path: whose suffix names the backend.
+            manifest: what is, or would be, in the store.
+            head: of a new store that keeps hidden states; else None.
 
         Raises:
             PathError: the path can't be written, or holds something else.
             MismatchError: the store there was made from something else; the message names what differs.
         """
-        return cls.on(backend_for(path), manifest)
+        return cls.on(backend_for(path), manifest, head)
 
     @classmethod
-    def on(cls, backend: Backend, manifest: Manifest) -> Self:
+    def on(cls, backend: Backend, manifest: Manifest, head: HeadArrays | None = None) -> Self:
         """Like `open`, on any backend."""
         if backend.exists() and backend.get_record(MANIFEST) is not None:
             return cls._resumed(Store(backend), manifest)
+        records = {} if head is None else head_records(head)
+        if isinstance(manifest.encoding, Hidden) and (
+            head is None or head_digest(head) != manifest.encoding.head_sha256
+        ):
+            raise ValueError("head: expected the one that the encoding names, got another, or none")
         backend.create(manifest)
+        for name, data in records.items():  # before the manifest: where that is, the head is
+            backend.put_record(name, data)
         if not backend.put_record(MANIFEST, manifest_bytes(manifest)):
             return cls._resumed(Store(backend), manifest)  # another writer created it just now
         return cls(Store(backend))

@@ -30,7 +30,9 @@ from storage.backends.files import (
 from storage.backends.sink import Sink
 from storage.backends.zarr3 import list_seal_files, lock_beside, read_record, seal_name
 from storage.errors import DamageError, PathError
+from storage.head import HEAD_BIAS, HEAD_FOLDER, HEAD_WEIGHT
 from storage.manifest import Manifest
+from storage.records import MANIFEST
 
 USER_BLOCK_BYTES = 512
 USER_BLOCK_START = b'{"format": "logit-store"'
@@ -65,6 +67,8 @@ class Hdf5Backend:
         """Make the folder of parts."""
         if self.path.exists():
             raise PathError(f"{self.path}: expected nothing, or a logit store, got something else; give another path")
+        if (self.parts / HEAD_FOLDER).is_dir():
+            shutil.rmtree(self.parts / HEAD_FOLDER)  # of a creation that was cut off, maybe with another teacher
         if self.parts.exists() and any(left.suffix != ".partial" for left in self.parts.iterdir()):
             raise PathError(f"{self.parts}: expected nothing, or parts of a logit store; give another path")
         with clear_os_errors(self.path):
@@ -280,12 +284,10 @@ class Hdf5Backend:
                         file[name][start:stop] = self.read(name, shard, start, stop)
                         sink.check()
                 seals = b"".join((self.parts / seal_name(shard)).read_bytes() for shard in shards)
-                manifest = (self.parts / "manifest.json").read_bytes()
-                for name, data in {
-                    "manifest.json": manifest,
-                    **records,
-                    "seals": seals,
-                }.items():
+                once = [name for name in (MANIFEST, HEAD_WEIGHT, HEAD_BIAS) if (self.parts / name).is_file()]
+                for name in once:
+                    _create_record(file, name, (self.parts / name).read_bytes())
+                for name, data in {**records, "seals": seals}.items():
                     _create_record(file, name, data)
             with partial.open("r+b") as raw:
                 raw.write(_user_block(file_digest(partial, USER_BLOCK_BYTES)))

@@ -36,6 +36,7 @@ from storage.backends.files import (
 )
 from storage.backends.mapped import MappedShard
 from storage.errors import DamageError, PathError
+from storage.head import HEAD_BIAS, HEAD_FOLDER, HEAD_WEIGHT
 from storage.manifest import FORMAT_NAME, Manifest
 
 GROUP = "zarr.json"
@@ -79,6 +80,8 @@ class ZarrBackend:
         """Write the group's and the arrays' metadata, as zarr-python makes it, each file durably and whole."""
         if self.exists() and not self._begun(manifest):
             raise PathError(f"{self.path}: expected nothing, or a logit store, got something else; give another path")
+        if (self.path / HEAD_FOLDER).is_dir():
+            shutil.rmtree(self.path / HEAD_FOLDER)  # of a creation that was cut off, maybe with another teacher
         metadata: dict[str, Buffer] = {}
         attributes = {"format": FORMAT_NAME, "format_version": manifest.format_version}
         group = zarr.create_group(MemoryStore(metadata), zarr_format=3, attributes=attributes)
@@ -94,7 +97,7 @@ class ZarrBackend:
         """Whether the path holds nothing but the metadata of a logit store: a creation that was cut off."""
         if not self.path.is_dir():
             return False
-        legal = {Path(GROUP), *(Path(spec.name, GROUP) for spec in manifest.arrays)}
+        legal = {Path(GROUP), *(Path(spec.name, GROUP) for spec in manifest.arrays), Path(HEAD_WEIGHT), Path(HEAD_BIAS)}
         found = {path.relative_to(self.path) for path in self.path.rglob("*") if not path.is_dir()}
         found = {path for path in found if path.suffix != ".partial"}
         if not found:

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from storage.encodings.dense import Dense
+from storage.encodings.hidden import HeadArrays, Hidden
 from storage.encodings.protocol import Encoding, check_temperature
+from storage.encodings.sample import Sample
 from storage.encodings.topk import TopK
 from storage.errors import FormatVersionError
 
-__all__ = ["Dense", "Encoding", "TopK", "check_temperature", "encoding_from_json"]
+__all__ = ["Dense", "Encoding", "HeadArrays", "Hidden", "Sample", "TopK", "check_temperature", "encoding_from_json"]
 
 
 def encoding_from_json(value: Mapping[str, Any]) -> Encoding:
@@ -17,7 +19,7 @@ def encoding_from_json(value: Mapping[str, Any]) -> Encoding:
     Raises:
         FormatVersionError: the encoding is not known to this release.
     """
-    kinds: dict[str, type[Dense | TopK]] = {"dense": Dense, "topk": TopK}
+    kinds: dict[str, type[Dense | TopK | Sample | Hidden]] = {kind.name: kind for kind in (Dense, TopK, Sample, Hidden)}
     options = dict(value)
     name = options.pop("name", None)
     if name not in kinds:

@@ -53,6 +53,10 @@ class Dense:
         """The encoding as a JSON object."""
         return {"name": self.name, "values": self.values}
 
+    def check(self, num_classes: int, temperatures: Sequence[float]) -> None:
+        """Nothing: any number of classes, any temperatures."""
+        del num_classes, temperatures
+
     def arrays(self, num_classes: int, num_temperatures: int) -> tuple[ArraySpec, ...]:
         """`values` (N, C), and `value_range` (N,) for uint8."""
         del num_temperatures
@@ -68,8 +72,16 @@ class Dense:
         del temperatures
         return None
 
-    def encode(self, logits_NC: Array, temperatures: Sequence[float]) -> dict[str, Array]:
+    def encode(
+        self,
+        logits_NC: Array,
+        temperatures: Sequence[float],
+        *,
+        uniform_N: Array | None = None,
+        hidden_NW: Array | None = None,
+    ) -> dict[str, Array]:
         """Statistics and values of finite float32 logits."""
+        del uniform_N, hidden_NW
         values_NC, _ = centred(logits_NC)
         return statistics(logits_NC, temperatures) | stored_values(values_NC, self.values)
 

@@ -12,7 +12,7 @@ class Encoding(Protocol):
 
     @property
     def name(self) -> str:
-        """`dense` or `topk`."""
+        """`dense`, `topk`, `sample` or `hidden`."""
 
     @property
     def losses(self) -> frozenset[str]:
@@ -25,8 +25,15 @@ class Encoding(Protocol):
     def to_json(self) -> dict[str, Any]:
         """The encoding as a JSON object, the inverse of `encoding_from_json`."""
 
+    def check(self, num_classes: int, temperatures: Sequence[float]) -> None:
+        """Refuse classes or declared temperatures that the encoding does not fit.
+
+        Raises:
+            ValueError: it does not fit them.
+        """
+
     def arrays(self, num_classes: int, num_temperatures: int) -> tuple[ArraySpec, ...]:
-        """The arrays that the encoding adds to a store.
+        """The arrays that the encoding adds to a store, of one distribution a row.
 
         Raises:
             ValueError: the encoding does not fit that many classes.
@@ -35,13 +42,31 @@ class Encoding(Protocol):
     def exact_temperatures(self, temperatures: Sequence[float]) -> tuple[float, ...] | None:
         """The temperatures at which a row is exact: those declared, or None for any."""
 
-    def encode(self, logits_NC: Array, temperatures: Sequence[float]) -> dict[str, Array]:
-        """All stored floats of finite float32 logits, statistics included: the reference that the device must meet."""
+    def encode(
+        self,
+        logits_NC: Array,
+        temperatures: Sequence[float],
+        *,
+        uniform_N: Array | None = None,
+        hidden_NW: Array | None = None,
+    ) -> dict[str, Array]:
+        """All stored floats of finite float32 logits, statistics included: the reference that the device must meet.
+
+        Args:
+            logits_NC: of the teacher.
+            temperatures: that are declared.
+            uniform_N: random numbers of the rows, for an encoding that draws.
+            hidden_NW: hidden states of the rows, for an encoding that keeps them.
+
+        Raises:
+            ValueError: what the encoding needs beside the logits was not given.
+        """
 
     def logprobs(self, arrays: Arrays, temperature: float, temperatures: Sequence[float]) -> Array:
         """Log-probabilities at a temperature, float32, natural log.
 
-        dense: shape (N, C). topk: shape (N, K + 1), the kept entries in stored order, then the tail.
+        dense: shape (N, C). topk: shape (N, K + 1), the kept entries in stored order, then the tail. sample: shape
+        (N, D), the drawn ids in stored order. hidden: shape (N, C); it takes the store's head as a fourth argument.
 
         Raises:
             MismatchError: the temperature is not exact on this encoding.

@@ -52,12 +52,17 @@ class TopK:
         """The encoding as a JSON object."""
         return {"name": self.name, "k": self.k, "values": self.values}
 
-    def arrays(self, num_classes: int, num_temperatures: int) -> tuple[ArraySpec, ...]:
-        """`ids` (N, K), `values` (N, K), `log_tail` (N, T), and `value_range` (N,) for uint8."""
+    def check(self, num_classes: int, temperatures: Sequence[float]) -> None:
+        """At most as many entries as there are classes."""
+        del temperatures
         if self.k > num_classes:
             raise ValueError(
                 f"k: expected at most the number of classes ({num_classes}), got {self.k}; use a smaller k"
             )
+
+    def arrays(self, num_classes: int, num_temperatures: int) -> tuple[ArraySpec, ...]:
+        """`ids` (N, K), `values` (N, K), `log_tail` (N, T), and `value_range` (N,) for uint8."""
+        self.check(num_classes, ())
         ids = ArraySpec("ids", smallest_uint(num_classes - 1), (self.k,))
         log_tail = float_array("log_tail", "float32", num_temperatures)
         if self.values == "uint8":
@@ -69,11 +74,19 @@ class TopK:
         """The declared temperatures: at any other the tail's mass is not known."""
         return tuple(temperatures)
 
-    def encode(self, logits_NC: Array, temperatures: Sequence[float]) -> dict[str, Array]:
+    def encode(
+        self,
+        logits_NC: Array,
+        temperatures: Sequence[float],
+        *,
+        uniform_N: Array | None = None,
+        hidden_NW: Array | None = None,
+    ) -> dict[str, Array]:
         """Statistics, ids, values and log-tails of finite float32 logits.
 
         The tail is reduced over the entries that are not kept, never as one minus the kept mass.
         """
+        del uniform_N, hidden_NW
         values_NC, _ = centred(logits_NC)
         order_NC = np.argsort(-values_NC, axis=1, kind="stable")
         ids_NK, rest_NR = order_NC[:, : self.k], order_NC[:, self.k :]

@@ -70,7 +70,7 @@ def convert(
         manifest = _target_manifest(store, compressor)
         _check_target(Path(source), Path(target), manifest)
         advance = one_at_a_time(progress)
-        with sole_run(target), StoreWriter.open(target, manifest) as writer:
+        with sole_run(target), StoreWriter.open(target, manifest, store.head()) as writer:
             _copy(store, writer, num_workers, advance)
             written = writer.finalize(partial=True, progress=advance)
             if written != digest:

@@ -12,7 +12,9 @@ from storage.backends import Backend, Hdf5Backend, ZarrBackend
 from storage.backends.files import file_digest
 from storage.backends.hdf5 import USER_BLOCK_START
 from storage.backends.zarr3 import seal_name
+from storage.encodings import Hidden
 from storage.errors import DamageError
+from storage.head import HEAD_BIAS, HEAD_WEIGHT
 from storage.reader import Store
 from storage.records import FINAL, MANIFEST, Final, Seal, sha256
 
@@ -109,6 +111,8 @@ def unexpected_files(store: Store, sealed: tuple[int, ...]) -> Iterator[str]:
 
 def _others(store: Store, root: Path, sealed: frozenset[int]) -> Iterator[str]:
     known = {MANIFEST, FINAL, "zarr.json", *(f"{spec.name}/zarr.json" for spec in store.manifest.arrays)}
+    if isinstance(store.manifest.encoding, Hidden):
+        known |= {HEAD_WEIGHT, HEAD_BIAS}
     tails = {spec.name: ["0"] * len(spec.row_shape) for spec in store.manifest.arrays}
     for folder, _, names in os.walk(root):
         for name in names:

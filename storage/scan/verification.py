@@ -179,6 +179,10 @@ def _check_records(store: Store, sealed: tuple[int, ...]) -> _Records:
         store.backend.check_final()  # also without a final record: it may be what was damaged
     except DamageError as error:
         damage.append(Damage.of(error))
+    try:
+        store.head()
+    except DamageError as error:
+        damage.append(Damage.of(error))
     damage += [Damage(f"{store.path}: {text}") for text in check_metadata(store)]
     return _Records(tuple(damage), digest)
 

@@ -1,0 +1,79 @@
+"""The head of a `hidden` store as it lies beside the arrays: plain .npy records, written before the manifest.
+
+The manifest's encoding names the sha256 of their bytes, so that another head can't be read in their place.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable
+
+import numpy as np
+
+from storage.arrays import Array
+from storage.encodings.hidden import HeadArrays, Hidden
+from storage.errors import DamageError
+
+HEAD_FOLDER = "head"
+HEAD_WEIGHT = f"{HEAD_FOLDER}/weight.npy"
+HEAD_BIAS = f"{HEAD_FOLDER}/bias.npy"
+
+
+def head_records(head: HeadArrays) -> dict[str, bytes]:
+    """The bytes of each record of a head, by name, the weight's first."""
+    records = {HEAD_WEIGHT: _npy_bytes(head.weight_CW)}
+    if head.bias_C is not None:
+        records[HEAD_BIAS] = _npy_bytes(head.bias_C)
+    return records
+
+
+def head_digest(head: HeadArrays) -> str:
+    """sha256 of the bytes of a head's records, one after the other, as hex."""
+    return _digest(head_records(head))
+
+
+def read_head(get_record: Callable[[str], bytes | None], encoding: Hidden, num_classes: int, where: str) -> HeadArrays:
+    """The head of a store, held against the digest in its manifest.
+
+    Args:
+        get_record: a record's bytes by name, None where there is none.
+        encoding: of the store.
+        num_classes: of the store.
+        where: the store, for messages.
+
+    Raises:
+        DamageError: it is missing, or not the one that the manifest names.
+    """
+    names = (HEAD_WEIGHT, HEAD_BIAS) if encoding.has_bias else (HEAD_WEIGHT,)
+    records = {}
+    for name in names:
+        data = get_record(name)
+        if data is None:
+            raise DamageError(f"{where}: expected {name}, got none; take another copy of the store")
+        records[name] = data
+    if _digest(records) != encoding.head_sha256:
+        raise DamageError(
+            f"{where}: {HEAD_WEIGHT}: expected the digest in the manifest to hold, got another; take another copy of "
+            "the store"
+        )
+    arrays = [np.load(io.BytesIO(data), allow_pickle=False) for data in records.values()]
+    head = HeadArrays(arrays[0], arrays[1] if encoding.has_bias else None)
+    if head.weight_CW.shape != (num_classes, encoding.width):
+        raise DamageError(
+            f"{where}: {HEAD_WEIGHT}: expected shape {(num_classes, encoding.width)}, got {head.weight_CW.shape}; take "
+            "another copy of the store"
+        )
+    return head
+
+
+def _npy_bytes(values: Array) -> bytes:
+    buffer = io.BytesIO()
+    little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+    np.lib.format.write_array(buffer, little, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _digest(records: dict[str, bytes]) -> str:
+    state = hashlib.sha256()
+    for data in records.values():
+        state.update(data)
+    return state.hexdigest()
