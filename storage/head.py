@@ -1,6 +1,8 @@
 """The head of a `hidden` store as it lies beside the arrays: plain .npy records, written before the manifest.
 
 The manifest's encoding names the sha256 of their bytes, so that another head can't be read in their place.
+
+Legend: C classes, W width of the hidden state.
 """
 
 import hashlib
@@ -16,6 +18,20 @@ from storage.errors import DamageError
 HEAD_FOLDER = "head"
 HEAD_WEIGHT = f"{HEAD_FOLDER}/weight.npy"
 HEAD_BIAS = f"{HEAD_FOLDER}/bias.npy"
+HEAD_TYPES = ("float16", "float32")
+
+
+def check_head(head: HeadArrays, encoding: Hidden, num_classes: int) -> None:
+    """Refuse a head that is not the one of an encoding.
+
+    Raises:
+        ValueError: its shape or type is another, or its digest is not the one that the encoding names.
+    """
+    wrong = _wrong_arrays(head, encoding, num_classes)
+    if wrong:
+        raise ValueError(f"head: expected {wrong}")
+    if head_digest(head) != encoding.head_sha256:
+        raise ValueError("head: expected the one whose digest the encoding names, got another")
 
 
 def head_records(head: HeadArrays) -> dict[str, bytes]:
@@ -52,17 +68,35 @@ def read_head(get_record: Callable[[str], bytes | None], encoding: Hidden, num_c
         records[name] = data
     if _digest(records) != encoding.head_sha256:
         raise DamageError(
-            f"{where}: {HEAD_WEIGHT}: expected the digest in the manifest to hold, got another; take another copy of "
-            "the store"
+            f"{where}: {' and '.join(names)}: expected the digest in the manifest to hold, got another; take another "
+            "copy of the store"
         )
-    arrays = [np.load(io.BytesIO(data), allow_pickle=False) for data in records.values()]
+    try:
+        arrays = [np.lib.format.read_array(io.BytesIO(data), allow_pickle=False) for data in records.values()]
+    except ValueError as error:  # its digest holds: it was written so
+        raise DamageError(f"{where}: {HEAD_WEIGHT}: expected plain .npy records, got {error}; dump it again") from error
     head = HeadArrays(arrays[0], arrays[1] if encoding.has_bias else None)
-    if head.weight_CW.shape != (num_classes, encoding.width):
-        raise DamageError(
-            f"{where}: {HEAD_WEIGHT}: expected shape {(num_classes, encoding.width)}, got {head.weight_CW.shape}; take "
-            "another copy of the store"
-        )
+    wrong = _wrong_arrays(head, encoding, num_classes)
+    if wrong:
+        raise DamageError(f"{where}: {HEAD_WEIGHT}: expected {wrong}; dump it again")
     return head
+
+
+def _wrong_arrays(head: HeadArrays, encoding: Hidden, num_classes: int) -> str:
+    """What a head is otherwise than the encoding and the classes ask for; empty where it is as it should be."""
+    for name, values, shape in (
+        ("weight", head.weight_CW, (num_classes, encoding.width)),
+        ("bias", head.bias_C, (num_classes,) if encoding.has_bias else None),
+    ):
+        if values is None or shape is None:
+            if values is not None or shape is not None:
+                return f"{'a' if shape else 'no'} {name}, got {'none' if values is None else 'one'}"
+            continue
+        if values.shape != shape or values.dtype.name not in HEAD_TYPES:
+            return f"a {name} of {' or '.join(HEAD_TYPES)} {shape}, got {values.dtype} {values.shape}"
+        if not np.isfinite(values).all():
+            return f"a {name} of finite numbers, got others"
+    return ""
 
 
 def _npy_bytes(values: Array) -> bytes:

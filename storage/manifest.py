@@ -15,6 +15,7 @@ from storage.sequences import Sequences, at_positions
 FORMAT_NAME = "logit-store"
 FORMAT_VERSION = (1, 1)  # that is read; each store is of the lowest version that has all that it keeps
 OPTIONAL_FIELDS = ("sequences", "lineage")  # of later minor versions: left out of the JSON where they are None
+PER_POSITION = {"per": "position"}  # beside a sequence store's encoding: what makes a reader of 1.0 refuse it
 MOST_CHUNK_BYTES = (2 << 30) - 64  # of one array: what Blosc takes
 
 Compressor = Literal["none", "zstd"]
@@ -100,14 +101,9 @@ class Manifest:
     @cached_property
     def arrays(self) -> tuple[ArraySpec, ...]:
         """Every array of the store, in the order of their names."""
-        num_temperatures = len(self.temperatures)
-        specs = common_arrays(num_temperatures, self.has_hard_targets)
-        specs += self.encoding.arrays(self.num_classes, num_temperatures)
-        if self.sequences is not None:
-            specs += (float_array("hard_target_logprob", "float16"),)
-            specs = tuple(at_positions(spec, self.sequences) for spec in specs)
-            specs += self.sequences.arrays(self.num_classes)
-        return tuple(sorted(specs, key=lambda spec: spec.name))
+        return store_arrays(
+            self.encoding, self.num_classes, len(self.temperatures), self.has_hard_targets, self.sequences
+        )
 
     @property
     def row_bytes(self) -> int:
@@ -130,7 +126,7 @@ class Manifest:
             value["sequences"] = self.sequences.to_json()
         if self.lineage is not None:
             value["lineage"] = [dict(origin) for origin in self.lineage]
-        value["encoding"] = self.encoding.to_json()
+        value["encoding"] = self.encoding.to_json() | ({} if self.sequences is None else PER_POSITION)
         value["temperatures"] = [float(temperature) for temperature in self.temperatures]
         value["class_names"] = None if self.class_names is None else list(self.class_names)
         for name in ("teacher", "corpus", "preprocess", "provenance"):
@@ -181,7 +177,10 @@ class Manifest:
             known = {option.name for option in fields(cls)} - {"extra"}
             options = {name: value[name] for name in known if name in value or name not in OPTIONAL_FIELDS}
             options["extra"] = {name: value[name] for name in value if name not in known and name != "format"}
-            options["encoding"] = encoding_from_json(options["encoding"])
+            encoding = dict(options["encoding"])
+            if "sequences" in options and {"per": encoding.pop("per", None)} != PER_POSITION:
+                raise ValueError('encoding: "per": "position" beside sequences')
+            options["encoding"] = encoding_from_json(encoding)
             if "sequences" in options:
                 options["sequences"] = Sequences.from_json(options["sequences"])
             if "lineage" in options:
@@ -192,6 +191,23 @@ class Manifest:
             return cls(**options)
         except (KeyError, TypeError, ValueError) as error:
             raise DamageError(f"manifest: expected a valid {error}; take another copy of the store") from error
+
+
+def store_arrays(
+    encoding: Encoding,
+    num_classes: int,
+    num_temperatures: int,
+    has_hard_targets: bool,
+    sequences: Sequences | None = None,
+) -> tuple[ArraySpec, ...]:
+    """Every array of a store, in the order of their names."""
+    specs = common_arrays(num_temperatures, has_hard_targets)
+    specs += encoding.arrays(num_classes, num_temperatures)
+    if sequences is not None:
+        specs += (float_array("hard_target_logprob", "float16"),)
+        specs = tuple(at_positions(spec, sequences) for spec in specs)
+        specs += sequences.arrays(num_classes)
+    return tuple(sorted(specs, key=lambda spec: spec.name))
 
 
 def _differences(name: str, mine: Any, theirs: Any) -> list[str]:

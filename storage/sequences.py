@@ -8,7 +8,7 @@ what pads the last sequence, where its position is 0: such a target is masked.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import numpy as np
@@ -27,17 +27,23 @@ class Sequences:
         tokenizer: fingerprint of the tokenizer, or None where the corpus came as ids alone.
         num_padded: entries of the teacher's output behind the vocabulary: they are no tokens, and cut off before
             anything is computed.
+        extra: fields of a later minor version, kept as they are.
 
     Raises:
-        ValueError: a count is out of range.
+        ValueError: a count is out of range, or a field is of another type.
     """
 
     num_positions: int
     has_tokens: bool
     tokenizer: str | None
     num_padded: int
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.has_tokens, bool):
+            raise ValueError(f"has_tokens: expected true or false, got {self.has_tokens!r}")  # noqa: TRY004
+        if self.tokenizer is not None and not isinstance(self.tokenizer, str):
+            raise ValueError(f"tokenizer: expected a fingerprint or None, got {self.tokenizer!r}")
         if not isinstance(self.num_positions, int) or self.num_positions < 1:
             raise ValueError(f"num_positions: expected a whole number, at least 1, got {self.num_positions}")
         if not isinstance(self.num_padded, int) or self.num_padded < 0:
@@ -45,12 +51,15 @@ class Sequences:
 
     def to_json(self) -> dict[str, Any]:
         """The sequences as a JSON object."""
-        return vars(self).copy()
+        value = vars(self).copy()
+        return value | value.pop("extra")
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`; fields that it does not know are passed over."""
-        return cls(**{option.name: value[option.name] for option in fields(cls)})
+        """The inverse of `to_json`."""
+        known = [option.name for option in fields(cls) if option.name != "extra"]
+        extra = {name: value[name] for name in value if name not in known}
+        return cls(**{name: value[name] for name in known}, extra=extra)
 
     def arrays(self, num_classes: int) -> tuple[ArraySpec, ...]:
         """`token_ids` and `position_ids`, (N, P + 1), where the store has the tokens."""

@@ -15,7 +15,7 @@ from storage.backends.files import clear_os_errors
 from storage.backends.zarr3 import seal_name
 from storage.encodings import HeadArrays, Hidden
 from storage.errors import DamageError, MismatchError, NotSealedError, PathError
-from storage.head import head_digest, head_records
+from storage.head import check_head, head_records
 from storage.layout import Layout
 from storage.manifest import Manifest
 from storage.reader import Store, num_rows_of
@@ -60,11 +60,11 @@ class StoreWriter:
         """Like `open`, on any backend."""
         if backend.exists() and backend.get_record(MANIFEST) is not None:
             return cls._resumed(Store(backend), manifest)
+        if (head is not None) != isinstance(manifest.encoding, Hidden):
+            raise ValueError("head: expected one beside hidden states, and none without, got it otherwise")
+        if head is not None and isinstance(manifest.encoding, Hidden):
+            check_head(head, manifest.encoding, manifest.num_classes)
         records = {} if head is None else head_records(head)
-        if isinstance(manifest.encoding, Hidden) and (
-            head is None or head_digest(head) != manifest.encoding.head_sha256
-        ):
-            raise ValueError("head: expected the one that the encoding names, got another, or none")
         backend.create(manifest)
         for name, data in records.items():  # before the manifest: where that is, the head is
             backend.put_record(name, data)

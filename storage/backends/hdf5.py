@@ -67,10 +67,11 @@ class Hdf5Backend:
         """Make the folder of parts."""
         if self.path.exists():
             raise PathError(f"{self.path}: expected nothing, or a logit store, got something else; give another path")
+        left = list(self.parts.iterdir()) if self.parts.exists() else []
+        if any(path.suffix != ".partial" and path.name != HEAD_FOLDER for path in left):
+            raise PathError(f"{self.parts}: expected nothing, or parts of a logit store; give another path")
         if (self.parts / HEAD_FOLDER).is_dir():
             shutil.rmtree(self.parts / HEAD_FOLDER)  # of a creation that was cut off, maybe with another teacher
-        if self.parts.exists() and any(left.suffix != ".partial" for left in self.parts.iterdir()):
-            raise PathError(f"{self.parts}: expected nothing, or parts of a logit store; give another path")
         with clear_os_errors(self.path):
             make_folder(self.parts)
         self.attach(manifest)

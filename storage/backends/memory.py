@@ -8,6 +8,7 @@ from typing import Any
 from storage.arrays import Array
 from storage.backends.files import bytes_digest
 from storage.errors import NotSealedError
+from storage.head import HEAD_FOLDER
 from storage.manifest import Manifest
 
 
@@ -28,6 +29,7 @@ class MemoryBackend:
 
     def create(self, manifest: Manifest) -> None:
         """Remember the manifest."""
+        self.records = {name: data for name, data in self.records.items() if not name.startswith(HEAD_FOLDER)}
         self.manifest = manifest
 
     def attach(self, manifest: Manifest) -> None:
