@@ -1,7 +1,8 @@
 """Corpora: ordered, indexed sets of samples, read as numpy.
 
 `open_corpus` finds what a path holds; `default_preprocess` says how its samples become a model's input; `read_batch`
-reads rows; `verify_corpus` holds a corpus against the store that was made from it.
+reads rows; `verify_corpus` holds a corpus against the store that was made from it. Sequences of tokens are a
+`TokenCorpus`, opened with `SequenceOptions`.
 """
 
 from storage.corpus.defaults import check_preprocess, default_preprocess
@@ -10,6 +11,8 @@ from storage.corpus.opening import CORPUS_KINDS, open_corpus
 from storage.corpus.preprocess import Preprocess
 from storage.corpus.protocol import Corpus, SampleError
 from storage.corpus.reading import Batch, read_batch, sample_digest, sample_digests
+from storage.corpus.sequences import SequenceOptions, TokenCorpus, check_ids
+from storage.corpus.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "CORPUS_KINDS",
@@ -17,9 +20,14 @@ __all__ = [
     "Corpus",
     "Preprocess",
     "SampleError",
+    "SequenceOptions",
+    "TokenCorpus",
+    "Tokenizer",
     "check_digests",
+    "check_ids",
     "check_preprocess",
     "default_preprocess",
+    "load_tokenizer",
     "open_corpus",
     "read_batch",
     "sample_digest",

@@ -1,6 +1,6 @@
 """The preprocessing that a corpus asks for, and whether one fits a corpus."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from storage.corpus.images import ImageCorpus, image_shape
 from storage.corpus.preprocess import Interpolation, Preprocess, Resize
@@ -25,8 +25,9 @@ def default_preprocess(
 ) -> Preprocess:
     """How the samples of a corpus become inputs, where the options say nothing else: values in [0, 1] for images.
 
-    Images of one size are taken as they are. With a size their shorter side is resized to it, or to `shorter_side`,
-    with bilinear interpolation, and the rest cropped; with the resize `stretch` they are stretched.
+    Tokens are taken as they are, and have no options. Images of one size are taken as they are. With a size their
+    shorter side is resized to it, or to `shorter_side`, with bilinear interpolation, and the rest cropped; with the
+    resize `stretch` they are stretched.
 
     Args:
         corpus: some of its samples are looked at.
@@ -45,10 +46,11 @@ def default_preprocess(
     """
     mean, std = _floats(mean), _floats(std)
     options = {"image_size": size, "resize": resize, "shorter_side": shorter_side, "interpolation": interpolation}
+    if corpus.sample_kind == "tokens":
+        _refuse({**options, "channels": channels, "scale": scale, "mean": mean, "std": std}, "images or arrays", corpus)
+        return Preprocess(kind="tokens", shape=_probe(corpus)[0][1])
     if corpus.sample_kind == "array":
-        for name, value in {**options, "channels": channels}.items():
-            if value is not None:
-                raise ValueError(f"{name}: expected a corpus of images, got {corpus.kind}; leave it out")
+        _refuse({**options, "channels": channels}, "images", corpus)
         shape = _probe(corpus)[0][1]
         factor = 1.0 if scale is None else float(scale)
         return Preprocess(kind="array", shape=shape, scale=factor, mean=mean, std=std)
@@ -91,6 +93,14 @@ def check_preprocess(preprocess: Preprocess, corpus: Corpus) -> None:
             "give the corpus that the store was made from"
         )
     shapes = {shape for _, shape in _probe(corpus)}
+    if preprocess.kind == "tokens":
+        wanted_length, length = preprocess.shape[1] - 1, min(shapes)[1] - 1
+        if wanted_length != length:
+            raise CorpusError(
+                f"{where}: expected sequences of {wanted_length} positions, got {length}; give the length that the "
+                f"store was made with: --sequence-length {wanted_length}"
+            )
+        return
     wanted = preprocess.shape if preprocess.kind == "array" else preprocess.shape[1:]
     got = {shape if preprocess.kind == "array" else shape[:2] for shape in shapes}
     if preprocess.resize == "none" and wanted not in got:
@@ -98,6 +108,17 @@ def check_preprocess(preprocess: Preprocess, corpus: Corpus) -> None:
             f"{where}: expected samples of shape {wanted}, got {min(got)}; "
             "give samples of the shape that the store was made from"
         )
+
+
+def _refuse(options: Mapping[str, object], kinds: str, corpus: Corpus) -> None:
+    """Refuse options that this corpus has no use for.
+
+    Raises:
+        ValueError: one of them is given.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected a corpus of {kinds}, got {corpus.kind}; leave it out")
 
 
 def _floats(values: Sequence[float] | None) -> tuple[float, ...] | None:

@@ -216,14 +216,14 @@ def open_images(path: Path, labels: str | Path | None = None) -> ImageCorpus:
 
 def first_image(path: Path) -> str | None:
     """Name of some image below a folder, or None where there is none."""
-    return next((entry.path for entry, _ in _walk(path) if _is_image(entry.name)), None)
+    return next((entry.path for entry, _ in walk_files(path) if _is_image(entry.name)), None)
 
 
 def describe_files(path: Path) -> str:
     """What a folder holds, by suffix, for an error message."""
     suffixes: Counter[str] = Counter()
     example = ""
-    for entry, name in _walk(path):
+    for entry, name in walk_files(path):
         suffixes[Path(entry.name).suffix.lower() or "no suffix"] += 1
         example = min(example or name, name)
     if not suffixes:
@@ -232,7 +232,7 @@ def describe_files(path: Path) -> str:
     return f"{suffixes.total()} other file(s) ({counts}; for example {example!r})"
 
 
-def _walk(root: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
+def walk_files(root: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
     """Every visible entry below a folder that is not a folder, with its path below it; links are not followed."""
     pending = [(os.fspath(root), "")]
     while pending:
@@ -255,12 +255,12 @@ def _scan(path: Path, where: str) -> tuple[list[tuple[bytes, int]], int]:
     """Name and size of every image, and the number of other files."""
     found: list[tuple[bytes, int]] = []
     num_ignored = 0
-    for entry, name in _walk(path):
+    for entry, name in walk_files(path):
         if entry.is_symlink():
             if not _is_image(name) and not entry.is_dir():
                 num_ignored += 1
                 continue
-            _check_link(entry, name, path, where)
+            check_link(entry, name, path, where)
         if _is_image(name) and entry.is_file():
             found.append((os.fsencode(name), entry.stat().st_size))
         else:
@@ -268,7 +268,7 @@ def _scan(path: Path, where: str) -> tuple[list[tuple[bytes, int]], int]:
     return found, num_ignored
 
 
-def _check_link(entry: os.DirEntry[str], name: str, path: Path, where: str) -> None:
+def check_link(entry: os.DirEntry[str], name: str, path: Path, where: str) -> None:
     """Refuse a link that leads out of the folder, to a folder, or nowhere."""
     target = Path(os.path.realpath(entry.path))
     if not target.is_relative_to(os.path.realpath(path)):

@@ -33,15 +33,15 @@ _FILTERS: Mapping[str, Image.Resampling] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """A sample's way to a float32 input: channels, resize, centre crop, scale, mean, std.
+    """A sample's way to a model's input: for images and arrays float32, by channels, resize, crop, scale, mean, std.
 
     An image goes from uint8 (H, W, C) to (C, H, W): grey is repeated into RGB, or RGB weighed into grey; it is resized
     with antialiasing; cropped around its centre; and each value x becomes ((x * scale) - mean) / std in float32. The
-    row of an array keeps its shape; its values become float32, then the same.
+    row of an array keeps its shape; its values become float32, then the same. Tokens become int64, unchanged.
 
     Attributes:
-        kind: `image` or `array`.
-        shape: of one input: (C, H, W) with C 1 or 3, or the row's shape.
+        kind: `image`, `array` or `tokens`.
+        shape: of one input: (C, H, W) with C 1 or 3; the row's shape; or (2, P + 1) for sequences of P positions.
         resize: `none` (the sample has just this size), `stretch` (to this size), or `shorter` (the shorter side to
             `shorter_side` pixels, what is over cropped around the centre).
         shorter_side: pixels, at least the larger of H and W; only with `shorter`.
@@ -70,11 +70,8 @@ class Preprocess:
         if self.version != PREPROCESS_VERSION:
             raise ValueError(f"version: expected {PREPROCESS_VERSION}, got {self.version}")
         if self.kind not in get_args(SampleKind):
-            raise ValueError(f"kind: expected image or array, got {self.kind!r}")
-        if not self.shape or any(not isinstance(size, int) or size < 1 for size in self.shape):
-            raise ValueError(f"shape: expected sizes of at least 1, got {self.shape}")
-        if self.kind == "image" and (len(self.shape) != 3 or self.shape[0] not in (1, 3)):
-            raise ValueError(f"shape: expected (C, H, W) with C 1 or 3, got {self.shape}")
+            raise ValueError(f"kind: expected {', '.join(get_args(SampleKind))}, got {self.kind!r}")
+        self._check_shape()
         self._check_resize()
         if not _SMALLEST <= abs(self.scale) <= _LARGEST:
             raise ValueError(f"scale: expected a size of 1e-30 to 1e30, got {self.scale}")
@@ -88,11 +85,25 @@ class Preprocess:
         if self.std is not None and any(value < _SMALLEST for value in self.std):
             raise ValueError(f"std: expected numbers of 1e-30 to 1e30, got {list(self.std)}")
 
+    def _check_shape(self) -> None:
+        if not self.shape or any(not isinstance(size, int) or size < 1 for size in self.shape):
+            raise ValueError(f"shape: expected sizes of at least 1, got {self.shape}")
+        if self.kind == "image" and (len(self.shape) != 3 or self.shape[0] not in (1, 3)):
+            raise ValueError(f"shape: expected (C, H, W) with C 1 or 3, got {self.shape}")
+        if self.kind != "tokens":
+            return
+        if len(self.shape) != 2 or self.shape[0] != 2 or self.shape[1] < 2:
+            raise ValueError(f"shape: expected (2, P + 1) with P at least 1 for tokens, got {self.shape}")
+        for name, value, nothing in (("scale", self.scale, 1.0), ("mean", self.mean, None), ("std", self.std, None)):
+            if value != nothing:
+                raise ValueError(f"{name}: expected {nothing} for tokens, got {value}; leave it out")
+
     def _check_resize(self) -> None:
         if self.resize not in get_args(Resize):
             raise ValueError(f"resize: expected {', '.join(get_args(Resize))}, got {self.resize!r}")
-        if self.kind == "array" and self.resize != "none":
-            raise ValueError(f"resize: expected none for an array, got {self.resize!r}; leave it out")
+        if self.kind != "image" and self.resize != "none":
+            what = "an array" if self.kind == "array" else self.kind
+            raise ValueError(f"resize: expected none for {what}, got {self.resize!r}; leave it out")
         if (self.interpolation is None) != (self.resize == "none"):
             raise ValueError(
                 f"interpolation: expected one with a resize and none without, got {self.interpolation!r} with the "
@@ -108,21 +119,30 @@ class Preprocess:
         if self.shorter_side is not None and not max(self.shape[1:]) <= int(self.shorter_side) == self.shorter_side:
             raise ValueError(f"shorter_side: expected at least {max(self.shape[1:])}, got {self.shorter_side}")
 
-    def apply(self, sample: Array) -> NDArray[np.float32]:
-        """The input of one sample: float32, `shape`.
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the inputs: int64 for tokens, else float32."""
+        return np.dtype(np.int64 if self.kind == "tokens" else np.float32)
+
+    def apply(self, sample: Array) -> Array:
+        """The input of one sample: `dtype`, `shape`.
 
         Raises:
             SampleError: the sample is of another size, and no resize is declared.
         """
-        inputs: NDArray[np.float32] = self.apply_rows(sample[None])[0]
+        inputs: Array = self.apply_rows(sample[None])[0]
         return inputs
 
-    def apply_rows(self, samples: Array) -> NDArray[np.float32]:
-        """The inputs of samples of one shape: float32 (N, ...), each as `apply` gives it.
+    def apply_rows(self, samples: Array) -> Array:
+        """The inputs of samples of one shape: `dtype`, (N, ...), each as `apply` gives it.
 
         Raises:
             SampleError: the samples are of another size, and no resize is declared.
         """
+        if self.kind == "tokens":
+            if samples.shape[1:] != self.shape:
+                raise SampleError(f"expected tokens of shape {self.shape}, got {samples.shape[1:]}; mend the sample")
+            return samples.astype(np.int64)
         if self.kind == "array":
             if samples.shape[1:] != self.shape:
                 raise SampleError(f"expected a row of shape {self.shape}, got {samples.shape[1:]}; mend the sample")

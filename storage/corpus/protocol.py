@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from storage.errors import CorpusError
 
 Array = NDArray[Any]
-SampleKind = Literal["image", "array"]
+SampleKind = Literal["image", "array", "tokens"]
+TokenType = Literal["uint8", "uint16", "uint32", "int32", "int64"]
 
 
 class SampleError(CorpusError):
@@ -20,14 +21,15 @@ class Corpus(Protocol):
     """An ordered, indexed set of samples. It can be pickled, so that a spawned process can read it.
 
     Attributes:
-        kind: `images`, `idx` or `arrays`.
+        kind: `images`, `idx`, `arrays`, `tokens` or `text`.
         path: where it is, absolute.
         num_samples: samples in it, at least 1; row r is its r-th sample.
         class_names: names in class order, or None where the corpus has none.
         hard_targets: int32 (num_samples,), the true class of each sample, -1 where unknown; or None.
         fingerprint: sha256 of what the index says (kind, keys, sizes, shapes, types), as hex. Hard targets are no part
             of it.
-        sample_kind: `image` (decodes to uint8 HxWxC, C 1 or 3) or `array` (decodes to one row of the array).
+        sample_kind: `image` (decodes to uint8 HxWxC, C 1 or 3), `array` (decodes to one row of the array) or `tokens`
+            (decodes to uint32 (2, P + 1): token ids and each one's place in its document; see `TokenCorpus`).
         num_ignored: files in the folder that are not samples.
     """
 
@@ -62,7 +64,7 @@ class Corpus(Protocol):
         ...
 
     def decode(self, raw: bytes) -> Array:
-        """The sample of some bytes: uint8 HxWxC for an image, one row for an array.
+        """The sample of some bytes: uint8 HxWxC for an image, one row for an array, uint32 (2, P + 1) for tokens.
 
         Raises:
             SampleError: the bytes are no such sample.

@@ -27,13 +27,14 @@ class Batch:
 
     Attributes:
         rows_N: the rows, int64.
-        inputs: float32 (N, ...), zeros where a sample was refused.
+        inputs: (N, ...) of the preprocessing's `dtype`, zeros where a sample was refused: float32 for images and
+            arrays; int64 (N, 2, P + 1) for tokens, the ids and each one's place in its document.
         digests_N: uint64 digest of each sample; 0 where its bytes could not be read.
         errors: reason by position in the batch (not by row) of each sample that was refused.
     """
 
     rows_N: NDArray[np.int64]  # noqa: N815
-    inputs: NDArray[np.float32]
+    inputs: Array
     digests_N: NDArray[np.uint64]  # noqa: N815
     errors: dict[int, str] = field(default_factory=dict)
 
@@ -77,7 +78,8 @@ def read_batch(
 
 def _read_singly(corpus: Corpus, rows_N: NDArray[np.int64], preprocess: Preprocess, pool: Executor | None) -> Batch:
     """What `read_batch` gives, a sample at a time."""
-    batch = Batch(rows_N, np.zeros((len(rows_N), *preprocess.shape), np.float32), np.zeros(len(rows_N), np.uint64))
+    inputs = np.zeros((len(rows_N), *preprocess.shape), preprocess.dtype)
+    batch = Batch(rows_N, inputs, np.zeros(len(rows_N), np.uint64))
 
     def read_some(start: int) -> dict[int, str]:
         errors = {}

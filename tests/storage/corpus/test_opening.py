@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.corpus import CORPUS_KINDS, open_corpus
+from storage.corpus import CORPUS_KINDS, SequenceOptions, open_corpus
 from storage.errors import CorpusError
 from tests.builders import image_bytes, random_pixels, write_idx, write_image_folder, write_npz, write_store
 
@@ -55,14 +55,16 @@ def test_a_folder_of_two_kinds_needs_the_kind(tmp_path: Path) -> None:
     assert open_corpus(tmp_path, kind="images").num_ignored == 2
 
 
-@pytest.mark.parametrize("kind", ["tokens", "text", "webdataset", "parquet"])
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
 def test_kinds_of_later_releases_are_named(tmp_path: Path, kind: str) -> None:
     with pytest.raises(CorpusError, match=f"expected a kind of this release .*, got '{kind}', which is not in it"):
         open_corpus(tmp_path, kind=kind)
 
 
 def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="expected the kind images, idx, arrays, got 'image'; choose one of them"):
+    with pytest.raises(
+        CorpusError, match="expected the kind images, idx, arrays, tokens, text, got 'image'; choose one of them"
+    ):
         open_corpus(tmp_path, kind="image")
 
 
@@ -99,8 +101,8 @@ def test_a_folder_of_text_files_says_what_is_looked_for_and_what_was_found(tmp_p
     (tmp_path / "README").write_text("words")
     with pytest.raises(
         CorpusError,
-        match=r"expected images \(.jpg, .jpeg, .png, .webp\), IDX files or a Zarr array, got 4 other file\(s\) "
-        r"\(3 of .txt, 1 of no suffix; for example '0.txt'\) \(the kind text is not in this release\)",
+        match=r"expected images \(.jpg, .jpeg, .png, .webp\), IDX files, a Zarr array, or with --sequence-length text "
+        r"\(.txt, .jsonl\), got 4 other file\(s\) \(3 of .txt, 1 of no suffix; for example '0.txt'\); give a folder",
     ):
         open_corpus(tmp_path)
 
@@ -124,9 +126,7 @@ def test_one_image_is_no_folder_of_images(tmp_path: Path) -> None:
         open_corpus(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("a.tar", "webdataset"), ("a.parquet", "parquet"), ("a.jsonl", "text"), ("a.bin", "tokens")]
-)
+@pytest.mark.parametrize(("name", "kind"), [("a.tar", "webdataset"), ("a.parquet", "parquet")])
 def test_files_of_later_kinds_are_named(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).write_bytes(b"something")
     with pytest.raises(CorpusError, match=f"got a .{name[2:]} file, the kind {kind}, which is not in it"):
@@ -187,3 +187,90 @@ def test_a_path_relative_to_the_current_folder_becomes_absolute(
     monkeypatch.chdir("/")
     assert corpus.path == tmp_path / "a.npz"
     assert pickle.loads(pickle.dumps(corpus)).num_samples == 20
+
+
+# Sequences
+
+
+BYTES = SequenceOptions(4, tokenizer="bytes")
+
+
+def test_sequences_are_found_from_what_is_there(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(9))
+    (tmp_path / "a.bin").write_bytes(bytes(range(9)))
+    (tmp_path / "b.bin").write_bytes(b"\0\0\x08\x01" + bytes(range(9)))  # as an IDX file begins
+    (tmp_path / "text").mkdir()
+    for name in ("text/a.txt", "text/a.md"):
+        (tmp_path / name).write_text("words")
+    (tmp_path / "a.jsonl").write_text('{"text": "words"}')
+    ids = SequenceOptions(4, dtype="uint8")
+    found = [
+        open_corpus(tmp_path / "a.npy", sequence=SequenceOptions(4)),
+        open_corpus(tmp_path / "a.bin", sequence=ids),
+        open_corpus(tmp_path / "b.bin", sequence=ids),
+        open_corpus(tmp_path / "text", sequence=BYTES),
+        open_corpus(tmp_path / "text" / "a.txt", sequence=BYTES),
+        open_corpus(tmp_path / "a.jsonl", sequence=BYTES),
+        open_corpus(tmp_path / "text" / "a.md", kind="text", sequence=BYTES),
+    ]
+    assert [corpus.kind for corpus in found] == ["tokens"] * 3 + ["text"] * 4
+    (tmp_path / "b.bin").rename(tmp_path / "ids")
+    assert open_corpus(tmp_path / "ids", kind="tokens", sequence=ids).num_samples == 3
+
+
+def test_text_beside_images_is_read_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    write_image_folder(tmp_path)
+    (tmp_path / "README.txt").write_text("words")
+    assert open_corpus(tmp_path).kind == "images"
+    assert open_corpus(tmp_path, kind="text", sequence=BYTES).num_samples == 1
+    with pytest.raises(ValueError, match="sequence_length: expected a corpus of tokens or text, got images; leave the"):
+        open_corpus(tmp_path, sequence=BYTES)
+
+
+def test_sequences_without_a_length_say_what_to_give(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(9))
+    (tmp_path / "a.bin").write_bytes(bytes(range(9)))
+    (tmp_path / "a.txt").write_text("words")
+    message = (
+        "expected the length of a sequence for a 1-D array of integers, which are token ids; give --sequence-length$"
+    )
+    with pytest.raises(CorpusError, match=message):
+        open_corpus(tmp_path / "a.npy")
+    message = "expected the length of a sequence for tokens; give --sequence-length and --token-dtype$"
+    with pytest.raises(CorpusError, match=message):
+        open_corpus(tmp_path / "a.bin")
+    message = "expected the length of a sequence for text; give --sequence-length and --tokenizer$"
+    for kind in (None, "text"):
+        with pytest.raises(CorpusError, match=message):
+            open_corpus(tmp_path / "a.txt", kind=kind)
+
+
+def test_options_of_sequences_are_refused_for_other_corpora(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((4, 3), np.int64))
+    for path, kind in ((write_idx(tmp_path / "idx"), "idx"), (tmp_path / "a.npy", "arrays")):
+        with pytest.raises(
+            ValueError, match=f"sequence_length: expected a corpus of tokens or text, got {kind}; leave"
+        ):
+            open_corpus(path, sequence=BYTES)
+
+
+def test_sequences_have_neither_labels_nor_a_named_array(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(9))
+    for options in ({"labels": "none"}, {"labels": tmp_path / "y.npy"}, {"array": "x"}):
+        name, value = next(iter(options.items()))
+        with pytest.raises(
+            ValueError, match=f"{name}: expected none for a corpus of tokens, got '{value}'; leave it out"
+        ):
+            open_corpus(tmp_path / "a.npy", sequence=SequenceOptions(4), **options)
+
+
+def test_flat_integers_are_not_taken_as_samples_of_an_array(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(9))
+    with pytest.raises(CorpusError, match="expected a corpus of the kind arrays, got tokens; leave --corpus-kind out"):
+        open_corpus(tmp_path / "a.npy", kind="arrays")
+
+
+def test_a_folder_of_tokens_names_them(tmp_path: Path) -> None:
+    (tmp_path / "train.bin").write_bytes(bytes(9))
+    with pytest.raises(CorpusError, match=r"got a folder that holds 'train.bin'; give the path of one of them"):
+        open_corpus(tmp_path, sequence=BYTES)

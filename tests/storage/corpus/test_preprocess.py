@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from storage.corpus import Preprocess, SampleError, check_preprocess, default_preprocess, open_corpus
+from storage.corpus import (
+    Preprocess,
+    SampleError,
+    SequenceOptions,
+    check_preprocess,
+    default_preprocess,
+    open_corpus,
+)
 from storage.errors import CorpusError, DamageError, FormatVersionError
 from tests.builders import image_bytes, random_pixels, write_idx, write_npz
 
@@ -108,6 +115,19 @@ def test_values_that_are_not_finite_pass_without_a_warning() -> None:
     inputs = Preprocess(kind="array", shape=(3,), scale=2.0).apply(row)
     assert np.isnan(inputs[0])
     assert np.isinf(inputs[1:]).all()
+
+
+def test_tokens_become_int64_and_keep_their_numbers() -> None:
+    samples = np.array([[[2**32 - 1, 7, 0], [0, 1, 0]]], "<u4")
+    preprocess = Preprocess(kind="tokens", shape=(2, 3))
+    inputs = preprocess.apply_rows(samples)
+    assert inputs.dtype == preprocess.dtype == np.int64
+    assert np.array_equal(inputs, samples)
+    assert np.array_equal(preprocess.apply(samples[0]), samples[0])
+    assert Preprocess.from_json(json.loads(json.dumps(preprocess.to_json()))) == preprocess
+    assert Preprocess(**IMAGE).dtype == Preprocess(kind="array", shape=(3,)).dtype == np.float32
+    with pytest.raises(SampleError, match=r"expected tokens of shape \(2, 3\), got \(2, 4\); mend the sample"):
+        preprocess.apply(np.zeros((2, 4), "<u4"))
 
 
 def test_a_row_of_another_shape_is_refused() -> None:
@@ -219,7 +239,7 @@ def test_a_declaration_that_lacks_a_field_is_refused() -> None:
     ("options", "message"),
     [
         ({"version": 2}, "version: expected 1, got 2"),
-        ({"kind": "sound"}, "kind: expected image or array, got 'sound'"),
+        ({"kind": "sound"}, "kind: expected image, array, tokens, got 'sound'"),
         ({"shape": ()}, "shape: expected sizes of at least 1"),
         ({"shape": (3, 0, 2)}, "shape: expected sizes of at least 1"),
         ({"shape": (3.0, 2, 2)}, "shape: expected sizes of at least 1"),
@@ -242,6 +262,12 @@ def test_a_declaration_that_lacks_a_field_is_refused() -> None:
         ({"kind": "array", "mean": (1.0, 2.0)}, "mean: expected 1 or 3 number"),
         ({"std": (0.5, 0.5)}, "std: expected 3 number"),
         ({"std": (0.5, 0.0, 1.0)}, "std: expected numbers of 1e-30 to 1e30"),
+        ({"kind": "tokens"}, r"shape: expected \(2, P \+ 1\) with P at least 1 for tokens, got \(3, 8, 6\)"),
+        ({"kind": "tokens", "shape": (2, 1)}, r"shape: expected \(2, P \+ 1\) with P at least 1 for tokens"),
+        ({"kind": "tokens", "shape": (2, 5), "resize": "stretch"}, "resize: expected none for tokens, got 'stretch'"),
+        ({"kind": "tokens", "shape": (2, 5), "scale": 2.0}, "scale: expected 1.0 for tokens, got 2.0; leave it out"),
+        ({"kind": "tokens", "shape": (2, 5), "mean": (0.0,)}, "mean: expected None for tokens, got .*; leave it out"),
+        ({"kind": "tokens", "shape": (2, 5), "std": (1.0,)}, "std: expected None for tokens, got .*; leave it out"),
     ],
 )
 def test_a_declaration_that_can_not_be_is_refused(options: dict[str, Any], message: str) -> None:
@@ -351,6 +377,52 @@ def test_a_preprocessing_of_another_kind_or_shape_does_not_fit(tmp_path: Path) -
         CorpusError, match=r"expected samples of shape \(9, 9\), got \(8, 6\); give samples of the shape"
     ):
         check_preprocess(Preprocess(kind="image", shape=(3, 9, 9)), images)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    np.save(tmp_path / "ids.npy", np.arange(20))
+    return tmp_path / "ids.npy"
+
+
+def test_tokens_are_taken_as_they_are_and_have_no_options(tokens: Path) -> None:
+    corpus = open_corpus(tokens, sequence=SequenceOptions(4))
+    assert default_preprocess(corpus) == Preprocess(kind="tokens", shape=(2, 5))
+    refused: list[dict[str, Any]] = [
+        {"image_size": 8},
+        {"resize": "stretch"},
+        {"shorter_side": 8},
+        {"interpolation": "bicubic"},
+        {"channels": 3},
+        {"scale": 1.0},
+        {"mean": [0.0]},
+        {"std": [1.0]},
+    ]
+    for options in refused:
+        name = next(iter(options))
+        given = {name.replace("image_size", "size"): options[name]}
+        with pytest.raises(
+            ValueError, match=f"{name}: expected a corpus of images or arrays, got tokens; leave it out"
+        ):
+            default_preprocess(corpus, **given)
+
+
+def test_ids_that_can_not_be_are_refused_before_anything_is_done(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(20) - 1)
+    with pytest.raises(CorpusError, match="row 0, position 0: expected token ids from 0 to 4294967295, got -1"):
+        default_preprocess(open_corpus(tmp_path / "ids.npy", sequence=SequenceOptions(4)))
+
+
+def test_sequences_of_another_length_do_not_fit(tokens: Path) -> None:
+    one, other = (open_corpus(tokens, sequence=SequenceOptions(length)) for length in (4, 5))
+    preprocess = default_preprocess(one)
+    check_preprocess(preprocess, one)
+    with pytest.raises(
+        CorpusError, match=r"expected sequences of 4 positions, got 5; give the length that .*: --sequence-length 4"
+    ):
+        check_preprocess(preprocess, other)
+    with pytest.raises(CorpusError, match="expected samples of the kind array, got tokens; give the corpus that the"):
+        check_preprocess(Preprocess(kind="array", shape=(2, 5)), one)
 
 
 def test_real_photographs_of_one_size_need_no_options(shared_data: Path) -> None:

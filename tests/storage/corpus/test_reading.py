@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from storage.corpus import (
     Batch,
     Corpus,
+    Preprocess,
+    SequenceOptions,
     default_preprocess,
     open_corpus,
     read_batch,
@@ -26,14 +28,14 @@ from tests.builders import random_pixels, write_idx, write_image_folder, write_n
 
 def assert_same(one: Batch, two: Batch) -> None:
     assert np.array_equal(one.rows_N, two.rows_N)
-    assert one.inputs.dtype == two.inputs.dtype == np.float32
+    assert one.inputs.dtype == two.inputs.dtype
     assert one.digests_N.dtype == two.digests_N.dtype == np.uint64
     assert np.array_equal(one.inputs, two.inputs)
     assert np.array_equal(one.digests_N, two.digests_N)
     assert one.errors == two.errors
 
 
-@pytest.fixture(params=["idx", "idx.gz", "npy", "npz", "h5", "zarr"])
+@pytest.fixture(params=["idx", "idx.gz", "npy", "npz", "h5", "zarr", "tokens", "text"])
 def uniform(request: pytest.FixtureRequest, tmp_path: Path) -> Corpus:
     """A corpus of each form that reads many rows at once."""
     import zarr
@@ -43,6 +45,12 @@ def uniform(request: pytest.FixtureRequest, tmp_path: Path) -> Corpus:
         return open_corpus(write_idx(tmp_path, num_samples=40, compressed=request.param == "idx.gz"))
     if request.param == "npz":
         return open_corpus(write_npz(tmp_path / "a.npz", num_samples=40))
+    if request.param == "tokens":
+        np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 9, 40 * 6 - 2).astype(">i4"))
+        return open_corpus(tmp_path / "ids.npy", sequence=SequenceOptions(6, separator=7))
+    if request.param == "text":
+        (tmp_path / "a.txt").write_text("words " * 40)
+        return open_corpus(tmp_path, sequence=SequenceOptions(6, tokenizer="bytes"))
     if request.param == "npy":
         np.save(tmp_path / "a.npy", np.asfortranarray(values.astype(">f4")))
     elif request.param == "h5":
@@ -61,6 +69,7 @@ def test_many_rows_at_once_are_what_one_at_a_time_gives(uniform: Corpus) -> None
             assert_same(fast, _read_singly(uniform, np.array(rows, np.int64), preprocess, None))
             assert_same(fast, _read_singly(uniform, np.array(rows, np.int64), preprocess, pool))
             assert fast.inputs.shape == (len(rows), *preprocess.shape)
+            assert fast.inputs.dtype == preprocess.dtype
             assert fast.errors == {}
 
 
@@ -127,6 +136,26 @@ def test_rows_of_a_damaged_chunk_are_refused_and_the_others_read(tmp_path: Path)
     assert np.array_equal(batch.inputs[:10], values[:10])
     assert np.array_equal(sample_digests(corpus, 0, 30), batch.digests_N)
     assert not batch.digests_N[10:20].any()
+
+
+def test_tokens_of_another_length_are_refused_a_row_at_a_time_with_their_digests(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(20))
+    corpus = open_corpus(tmp_path / "ids.npy", sequence=SequenceOptions(4))
+    batch = read_batch(corpus, range(5), Preprocess(kind="tokens", shape=(2, 7)))
+    assert list(batch.errors) == list(range(5))
+    assert batch.inputs.dtype == np.int64
+    assert not batch.inputs.any()
+    assert np.array_equal(batch.digests_N, sample_digests(corpus, 0, 5))
+
+
+def test_a_token_out_of_range_stops_the_reading(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(20))
+    corpus = open_corpus(tmp_path / "ids.npy", sequence=SequenceOptions(4, vocab_size=15))
+    preprocess = default_preprocess(corpus)
+    assert read_batch(corpus, [2, 0], preprocess).inputs[:, 0, 0].tolist() == [8, 0]
+    for read in (lambda: read_batch(corpus, [4, 3], preprocess), lambda: sample_digests(corpus, 0, 5)):
+        with pytest.raises(CorpusError, match="row 3, position 3: expected token ids from 0 to 14, got 15"):
+            read()
 
 
 def test_a_corpus_that_is_gone_stops_the_reading(tmp_path: Path) -> None:
