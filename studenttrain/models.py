@@ -6,12 +6,16 @@ A spec is one of
 
     mlp:INPUTS-UNITS-...-CLASSES[,dropout=P][,input_dropout=P]   mlp:784-800-800-10, mlp:784-1200-1200-10,dropout=0.5
     cnn:CHANNELS-FILTERS-...-CLASSES                             cnn:3-32-64-128-10
+    gpt:LAYERSxWIDTH[,heads=H][,vocab=V][,dropout=P]             gpt:4x128, gpt:6x384,heads=6,dropout=0.1
+    hf:DIR                                                       hf:models/gpt2, a folder of transformers
     timm:NAME                                                    timm:resnet18, where timm is installed
     package.module:callable                                      found from the current folder too
 
-with at least one width of filters for `cnn`, any number of hidden layers for `mlp`, and P in [0, 1). `timm` models
-start from random weights. `callable` returns an `nn.Module`; it is given `num_classes` if it takes an argument of that
-name, and nothing else. `teacherdump --arch` reads the same specs.
+with at least one width of filters for `cnn`, any number of hidden layers for `mlp`, and P in [0, 1). `gpt` and `hf` are
+language models: token ids in, logits of the next token out. `gpt` has as many heads of 64 as fit, and the vocabulary of
+what it learns from, unless it is told others; `hf` starts from the folder's weights, or from random ones where it has
+none. `timm` models start from random weights. `callable` returns an `nn.Module`; it is given `num_classes` if it takes
+an argument of that name, and nothing else. `teacherdump --arch` reads the same specs.
 """
 
 import contextlib
@@ -31,8 +35,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from storage.errors import StudentError
+from studenttrain.gpt import GPT
+from studenttrain.heads import Head, find_head, head_difference
+from studenttrain.hf import check_context, load_hf
+from studenttrain.language import NoLogitsError, sequence_logits
 
-GRAMMAR = "mlp:784-800-800-10, cnn:3-32-64-128-10, timm:NAME or package.module:callable"
+GRAMMAR = "mlp:784-800-800-10, cnn:3-32-64-128-10, gpt:4x128, hf:DIR, timm:NAME or package.module:callable"
+KINDS_OF_SAMPLES = ("mlp", "cnn", "timm")
+KINDS_OF_SEQUENCES = ("gpt", "hf")
+MAX_HEAD_DIFFERENCE = 1e-3  # of what a model's head gives to what the model gives, over the largest logit
 
 
 class MLP(nn.Module):
@@ -55,16 +66,25 @@ class MLP(nn.Module):
         self.input_dropout = input_dropout
         self.layers = nn.ModuleList(nn.Linear(num_in, num_out) for num_in, num_out in itertools.pairwise(sizes))
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Logits of shape (N, C) for inputs of shape (N, ...), flattened to (N, sizes[0])."""
+    def forward(self, inputs: Tensor, hidden_only: bool = False) -> Tensor:
+        """Logits (N, C) of inputs (N, ...), flattened to (N, sizes[0]); or the hidden states (N, W) before them."""
+        hidden = self.hidden(inputs)
+        if hidden_only:
+            return hidden
+        logits: Tensor = self.layers[-1](hidden)
+        return logits
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """What the last layer is given, (N, W)."""
         hidden = inputs.flatten(1)
         hidden = F.dropout(hidden, self.input_dropout, self.training)
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden)
-            if index != last:
-                hidden = F.dropout(F.relu(hidden), self.dropout, self.training)
+        for layer in self.layers[:-1]:
+            hidden = F.dropout(F.relu(layer(hidden)), self.dropout, self.training)
         return hidden
+
+    def output_head(self) -> Head:
+        """The last layer."""
+        return _head_of(self.layers[-1])
 
 
 class ConvBlock(nn.Module):
@@ -96,24 +116,48 @@ class CNN(nn.Module):
         self.blocks = nn.ModuleList(ConvBlock(num_in, num_out) for num_in, num_out in itertools.pairwise(widths))
         self.head = nn.Linear(widths[-1], num_classes)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Logits of shape (N, C) for images of shape (N, sizes[0], H, W), of any height and width."""
+    def forward(self, inputs: Tensor, hidden_only: bool = False) -> Tensor:
+        """Logits (N, C) of images (N, sizes[0], H, W) of any size; or the hidden states (N, W) before them."""
+        hidden = self.hidden(inputs)
+        if hidden_only:
+            return hidden
+        logits: Tensor = self.head(hidden)
+        return logits
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """The mean over the image behind the last block, (N, W)."""
         hidden = inputs
         for index, block in enumerate(self.blocks):
             if index:
                 hidden = F.max_pool2d(hidden, 2, ceil_mode=True)
             hidden = block(hidden)
-        logits: Tensor = self.head(hidden.mean((2, 3)))
-        return logits
+        return hidden.mean((2, 3))
+
+    def output_head(self) -> Head:
+        """The last layer."""
+        return _head_of(self.head)
 
 
-def build_model(spec: str, num_classes: int | None = None, input_shape: Sequence[int] | None = None) -> nn.Module:
-    """The model that a spec names, on the CPU, with random weights from torch's generator.
+def _head_of(layer: nn.Module) -> Head:
+    assert isinstance(layer, nn.Linear)
+    return Head(layer.weight, layer.bias)
+
+
+def build_model(
+    spec: str,
+    num_classes: int | None = None,
+    input_shape: Sequence[int] | None = None,
+    num_positions: int | None = None,
+) -> nn.Module:
+    """The model that a spec names, on the CPU, with random weights from torch's generator; `hf` with those it has.
 
     Args:
         spec: as described at the top of this file.
-        num_classes: classes that its logits must have, or None where the spec alone decides.
-        input_shape: shape of one input without its batch, such as (1, 28, 28), or None where it is not known.
+        num_classes: classes that its logits must have, or None where the spec alone decides. A language model may have
+            more: what pads its vocabulary.
+        input_shape: shape of one input without its batch, such as (1, 28, 28), or None where it is not known, or where
+            `num_positions` says it.
+        num_positions: positions of a sequence, where token ids are what it is given; None where they are not.
 
     Raises:
         StudentError: the spec names no model, or one that does not fit the classes or the input; for the built-in ones
@@ -122,12 +166,32 @@ def build_model(spec: str, num_classes: int | None = None, input_shape: Sequence
     kind, colon, name = spec.partition(":")
     if not colon or not kind or not name:
         raise _error(spec, f"a spec such as {GRAMMAR}", "none of them", "check its spelling")
+    _check_kind(spec, kind, input_shape, num_positions)
     if kind in ("mlp", "cnn"):
         return _build_sized(spec, kind, name, num_classes, input_shape)
+    if kind == "gpt":
+        return _build_gpt(spec, name, num_classes)
+    if kind == "hf":
+        return _build_hf(spec, name, num_classes, num_positions)
     model = _build_timm(spec, name, num_classes, input_shape) if kind == "timm" else _import(spec, num_classes)
-    if input_shape is not None:
+    if num_positions is not None:
+        _check_sequence_output(spec, model, num_classes, num_positions)
+    elif input_shape is not None:
         _check_output(spec, model, num_classes, input_shape)
     return model
+
+
+def _check_kind(spec: str, kind: str, input_shape: Sequence[int] | None, num_positions: int | None) -> None:
+    """Refuse a model of images for token ids, and a language model for anything else."""
+    if num_positions is not None and kind in KINDS_OF_SAMPLES:
+        raise _error(
+            spec, "a language model, for token ids", "one of other inputs", "use gpt:4x128, hf:DIR or your own"
+        )
+    if num_positions is None and input_shape is not None and kind in KINDS_OF_SEQUENCES:
+        shape = "x".join(map(str, input_shape))
+        raise _error(
+            spec, f"a model of inputs of shape {shape}", "one of token ids", f"use mlp:{math.prod(input_shape)}-..."
+        )
 
 
 def _build_sized(
@@ -137,7 +201,7 @@ def _build_sized(
     sizes_text, *options_text = name.split(",")
     numbers = sizes_text.split("-")
     example = "mlp:784-800-800-10" if kind == "mlp" else "cnn:3-32-64-128-10"
-    if not all(number.isascii() and number.isdigit() and int(number) > 0 for number in numbers):
+    if not all(_is_count(number) for number in numbers):
         raise _error(
             spec, f"sizes above 0 joined by '-', as in {example}", repr(sizes_text), "write all sizes as numbers"
         )
@@ -187,13 +251,63 @@ def _parse_options(spec: str, kind: str, texts: Sequence[str]) -> dict[str, floa
         if name not in known or name in options:
             expected = f"each of the options {', '.join(known)} at most once" if known else "no options"
             raise _error(spec, expected, repr(text), "leave it out")
-        try:
-            options[name] = float(value)
-        except ValueError:
-            options[name] = math.nan
-        if not 0 <= options[name] < 1:
-            raise _error(spec, f"{name} from 0 to below 1", repr(value), f"write {name}=0.5")
+        options[name] = _parse_dropout(spec, name, value)
     return options
+
+
+def _parse_dropout(spec: str, name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise _error(spec, f"{name} from 0 to below 1", repr(text), f"write {name}=0.5")
+    return value
+
+
+def _build_gpt(spec: str, name: str, num_classes: int | None) -> GPT:
+    """A small decoder, its vocabulary as given or as asked for."""
+    size_text, *options_text = name.split(",")
+    layers_text, _, width_text = size_text.partition("x")
+    if not _is_count(layers_text) or not _is_count(width_text):
+        raise _error(spec, "LAYERSxWIDTH, as in gpt:4x128", repr(size_text), "write both as numbers above 0")
+    options: dict[str, str] = {}
+    for text in options_text:
+        option, _, value = text.partition("=")
+        if option not in ("heads", "vocab", "dropout") or option in options:
+            raise _error(spec, "each of the options heads, vocab, dropout at most once", repr(text), "leave it out")
+        options[option] = value
+        if option != "dropout" and not _is_count(value):
+            raise _error(spec, f"{option} above 0", repr(value), f"write a number, such as {option}=2")
+    vocab = int(options.get("vocab") or num_classes or 0)
+    if not vocab:
+        raise _error(spec, "a number of vocabulary entries", "none", f"add it: {spec},vocab=256")
+    if num_classes is not None and vocab < num_classes:
+        raise _error(spec, f"at least {num_classes} vocabulary entries", str(vocab), f"use vocab={num_classes}")
+    dropout = _parse_dropout(spec, "dropout", options.get("dropout", "0"))
+    num_heads = int(options["heads"]) if "heads" in options else None
+    try:
+        return GPT(int(layers_text), int(width_text), vocab, num_heads, dropout)
+    except ValueError as error:
+        raise StudentError(f"model '{spec}': {error}") from error
+
+
+def _build_hf(spec: str, folder: str, num_classes: int | None, num_positions: int | None) -> nn.Module:
+    """A model of transformers, whose vocabulary and context hold what they are asked for; neither is changed."""
+    model = load_hf(folder, f"model '{spec}'", needs_weights=False)
+    if num_classes is not None and model.num_classes < num_classes:
+        raise _error(
+            spec,
+            f"at least {num_classes} vocabulary entries",
+            str(model.num_classes),
+            "give the model of the tokenizer",
+        )
+    check_context(model, num_positions)
+    return model.train()
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and int(text) > 0
 
 
 def _build_timm(spec: str, name: str, num_classes: int | None, input_shape: Sequence[int] | None) -> nn.Module:
@@ -280,16 +394,9 @@ def _find(spec: str, module_name: str, attribute: str) -> Callable[..., Any]:
 
 def _check_output(spec: str, model: nn.Module, num_classes: int | None, input_shape: Sequence[int]) -> None:
     """Try the model on one input of zeros: its output must be logits (1, C)."""
-    modes = [(module, module.training) for module in model.modules()]
-    parameter = next(model.parameters(), torch.zeros(0))
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.no_grad(),
-        _errors_of(spec, f"an input of shape {tuple(input_shape)}"),
-    ):
-        logits = model.eval()(torch.zeros(1, *input_shape, device=parameter.device))
-    for module, training in modes:
-        module.training = training
+    with _trying(model), _errors_of(spec, f"an input of shape {tuple(input_shape)}"):
+        inputs = torch.zeros(1, *input_shape, device=_device_of(model))
+        logits = model(inputs)
     wanted = f"logits of shape (N, {'C' if num_classes is None else num_classes}) for inputs of shape (N, "
     wanted += f"{', '.join(map(str, input_shape))})"
     if not isinstance(logits, Tensor):
@@ -297,6 +404,53 @@ def _check_output(spec: str, model: nn.Module, num_classes: int | None, input_sh
     if logits.ndim != 2 or len(logits) != 1 or num_classes not in (None, logits.shape[1]):
         got = f"({', '.join(['N', *map(str, logits.shape[1:])])})"
         raise _error(spec, wanted, f"shape {got}", f"give it {num_classes or 'C'} classes")
+    _check_head(spec, model, inputs)
+
+
+def _check_sequence_output(spec: str, model: nn.Module, num_classes: int | None, num_positions: int) -> None:
+    """Try the model on one sequence of token 0: its output must be logits (1, P, V), with V the classes or more."""
+    wanted = f"logits of shape (N, {num_positions}, {num_classes or 'C'}) for int64 token ids (N, {num_positions})"
+    with _trying(model), _errors_of(spec, f"int64 token ids of shape (N, {num_positions})"):
+        token_ids = torch.zeros(1, num_positions, dtype=torch.int64, device=_device_of(model))
+        try:
+            logits = sequence_logits(model, token_ids, torch.arange(num_positions, device=token_ids.device)[None])
+        except NoLogitsError as error:
+            raise _error(spec, wanted, str(error), "return the logits of every position") from error
+    if num_classes is not None and logits.shape[2] < num_classes:
+        got = f"shape (N, {', '.join(map(str, logits.shape[1:]))})"
+        raise _error(spec, wanted, got, f"give it {num_classes} vocabulary entries, or more")
+    _check_head(spec, model, token_ids)
+
+
+def _check_head(spec: str, model: nn.Module, inputs: Tensor) -> None:
+    """Refuse a model whose head on its hidden states does not say what the model does."""
+    with _trying(model), _errors_of(spec, "what hidden() and output_head() need"):
+        found = find_head(model)
+        difference = 0.0 if found is None else head_difference(found, inputs)
+    if difference > MAX_HEAD_DIFFERENCE:
+        raise _error(
+            spec,
+            "output_head().logits(hidden(...)) to equal its logits",
+            f"others, by {difference:.2g} of the largest",
+            "mend them, or name them otherwise",
+        )
+
+
+@contextlib.contextmanager
+def _trying(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode, and leave its modes and the random numbers alone."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 @contextlib.contextmanager
