@@ -161,10 +161,14 @@ def _verify_text(result: "VerifyResult") -> str:
 def _stats_text(figures: "Stats") -> str:
     from storage.scan import class_label
 
-    lines = [
-        f"{figures.path}: {format_count(figures.num_sealed_rows)} rows sealed of {format_count(figures.num_rows)}",
-        f"  without targets  {format_count(figures.num_refused)}",
-    ]
+    lines = [f"{figures.path}: {format_count(figures.num_sealed_rows)} rows sealed of {format_count(figures.num_rows)}"]
+    if figures.num_tokens is not None:
+        num_positions = figures.num_sealed_rows * figures.num_positions
+        lines.append(
+            f"  tokens           {format_count(figures.num_tokens)} of {format_count(num_positions)} positions; the "
+            "others are masked, or in rows without targets"
+        )
+    lines.append(f"  without targets  {format_count(figures.num_refused)}")
     lines += [
         f"    {format_count(item.num_rows)} x {item.reason} (row {item.row}: {item.key})"
         for item in figures.refused[:SHOWN_REASONS]
@@ -172,25 +176,36 @@ def _stats_text(figures: "Stats") -> str:
     lines.append(f"  entropy          {figures.entropy.mean:.4g} nats in the mean, at T = 1")
     lines += [
         f"  kept at T = {kept.temperature:<4g} {100 * kept.mean:.4g} % in the mean, at least {100 * kept.p5:.4g} % "
-        f"in 95 % of rows, {100 * kept.min:.4g} % in the worst"
+        f"in 95 % of {figures.counted}, {100 * kept.min:.4g} % in the worst"
         for kept in figures.kept_mass
     ]
     if figures.agreement is not None and figures.agreement.num_rows:
         agreed, known = figures.agreement.num_agreed, figures.agreement.num_rows
         share = f"{100 * agreed / known:.2f} %"
-        lines.append(f"  hard target met  {share} ({format_count(agreed)} of {format_count(known)})")
+        target = "hard target met " if figures.sequences is None else "next token met  "
+        lines.append(f"  {target} {share} ({format_count(agreed)} of {format_count(known)})")
+    if figures.hard_target_nll is not None:
+        target = "hard targets" if figures.sequences is None else "next tokens"
+        lines.append(f"  teacher's loss   {figures.hard_target_nll:.4g} nats on the {target}, in the mean")
     if figures.num_top1_ties:
-        lines.append(f"  top-1 ties       {format_count(figures.num_top1_ties)} rows, counted for the lowest class")
+        ties = f"{format_count(figures.num_top1_ties)} {figures.counted}"
+        lines.append(f"  top-1 ties       {ties}, counted for the lowest class")
     order = sorted(range(figures.num_classes), key=lambda index: -figures.top1_counts[index])
-    unnamed = "class " if figures.class_names is None else ""
+    kind = "class" if figures.sequences is None else "id"
+    unnamed = f"{kind} " if figures.class_names is None else ""
     shown = [
         f"{unnamed}{class_label(figures, i)[:NAME_CHARACTERS]}: {format_count(figures.top1_counts[i])}"
         for i in order[:SHOWN_CLASSES]
     ]
-    more = f", and {figures.num_classes - SHOWN_CLASSES} classes more" if figures.num_classes > SHOWN_CLASSES else ""
+    others = format_count(figures.num_classes - SHOWN_CLASSES) + (" classes" if kind == "class" else " ids")
+    more = f", and {others} more" if figures.num_classes > SHOWN_CLASSES else ""
     lines.append(f"  top-1            {', '.join(shown)}{more}")
-    costs = sorted(figures.bytes_per_row.items(), key=lambda pair: -pair[1])
-    lines.append(f"  bytes a row      {sum(figures.bytes_per_row.values()):,.1f}: " + _costs(costs))
+    for unit, costs in (("row  ", figures.bytes_per_row), ("token", figures.bytes_per_token)):
+        if costs is not None:
+            by_size = sorted(costs.items(), key=lambda pair: -pair[1])
+            lines.append(f"  bytes a {unit}    {sum(costs.values()):,.1f}: " + _costs(by_size))
+    if figures.head_bytes:
+        lines.append(f"  head             {format_bytes(figures.head_bytes)}, once")
     return "\n".join(lines)
 
 

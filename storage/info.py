@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.console import format_bytes, format_count, format_plural
-from storage.encodings import TopK
+from storage.encodings import Hidden, Sample, TopK
 from storage.reader import Store, open_store
 
 SHOWN_NAMES = 6
@@ -26,7 +26,7 @@ def info(path: str | Path) -> dict[str, Any]:
 
 def _info(store: Store) -> dict[str, Any]:
     manifest, final = store.manifest, store.final
-    sealed = store.sealed_shards()
+    sealed, sequences = store.sealed_shards(), manifest.sequences
     return {
         "path": store.path,
         "content_digest": store.content_digest,
@@ -34,12 +34,15 @@ def _info(store: Store) -> dict[str, Any]:
         "complete": len(sealed) == store.layout.num_shards,
         "num_rows": manifest.num_rows,
         "num_sealed_rows": store.num_sealed_rows,
+        "num_positions": 1 if sequences is None else sequences.num_positions,
         "num_quarantined": len(store.quarantine()) if final is None else final.num_quarantined,
         "encoding": manifest.encoding.to_json(),
         "temperatures": list(manifest.temperatures),
         "num_classes": manifest.num_classes,
         "class_names": None if manifest.class_names is None else list(manifest.class_names),
         "has_hard_targets": manifest.has_hard_targets,
+        "sequences": None if sequences is None else sequences.to_json(),
+        "lineage": None if manifest.lineage is None else [dict(origin) for origin in manifest.lineage],
         "teacher": dict(manifest.teacher),
         "corpus": dict(manifest.corpus),
         "preprocess": dict(manifest.preprocess),
@@ -72,7 +75,7 @@ def _state(figures: Mapping[str, Any]) -> str:
 def _facts(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "rows", _rows(figures)
     yield "encoding", _encoding(figures)
-    yield "classes", _classes(figures)
+    yield ("classes", _classes(figures)) if figures["sequences"] is None else ("tokens", _tokens(figures))
     teacher, corpus = figures["teacher"], figures["corpus"]
     yield "teacher", _joined([*_plain(teacher, "digest"), _digest("sha256", teacher.get("digest"))])
     samples = corpus.get("num_samples")
@@ -87,6 +90,7 @@ def _facts(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     yield "layout", layout
     yield "size", _size(figures)
+    yield "lineage", _joined([_origin(origin) for origin in figures["lineage"] or ()])
     yield "made", _joined(_named(figures["provenance"]))
     yield "digest", figures["content_digest"] or "none until it is finalized"
 
@@ -94,17 +98,56 @@ def _facts(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _rows(figures: Mapping[str, Any]) -> str:
     total, sealed = figures["num_rows"], figures["num_sealed_rows"]
     text = format_count(total) if sealed == total else f"{format_count(sealed)} of {format_count(total)} sealed"
+    if figures["sequences"] is not None:
+        positions = figures["num_positions"]
+        text += f", sequences of {format_count(positions)}: {format_count(sealed * positions)} positions"
     refused = figures["num_quarantined"]
-    return f"{text}, {format_count(refused)} of them without targets" if refused else text
+    of_them = "of them" if figures["sequences"] is None else "rows"
+    return f"{text}, {format_count(refused)} {of_them} without targets" if refused else text
 
 
 def _encoding(figures: Mapping[str, Any]) -> str:
     options = dict(figures["encoding"])
     name = options.pop("name")
-    values = options.pop("values")
-    kept = " ".join([name, *(f"{key}={value}" for key, value in options.items()), str(values)])
     declared = ", ".join(f"{value:g}" for value in figures["temperatures"])
+    if name == Sample.name:
+        return f"{name} {format_plural(options['draws'], 'draw')} at T = {declared}"
+    if name == Hidden.name:
+        kept = _hidden(options, figures["num_classes"])
+    else:
+        values = options.pop("values")
+        kept = " ".join([name, *(f"{key}={value}" for key, value in options.items()), str(values)])
     return f"{kept}, exact at T = {declared}" if name == TopK.name else f"{kept}, any T (statistics at {declared})"
+
+
+def _hidden(options: Mapping[str, Any], num_classes: int) -> str:
+    """`hidden 384 x float16 + head 50,257 x 384`, and what the head has beside its weight."""
+    width = format_count(options["width"])
+    text = f"{Hidden.name} {width} x {options['values']} + head {format_count(num_classes)} x {width}"
+    text += " and bias" if options["has_bias"] else ""
+    text += "" if options["scale"] == 1 else f", scale {options['scale']:g}"
+    return text if options["soft_cap"] is None else f"{text}, soft cap {options['soft_cap']:g}"
+
+
+def _tokens(figures: Mapping[str, Any]) -> str:
+    """Vocabulary and tokenizer of sequences, and whether the tokens are there."""
+    sequences = figures["sequences"]
+    padded = sequences["num_padded"]
+    return _joined(
+        [
+            f"vocabulary {format_count(figures['num_classes'])}",
+            f"{format_count(padded)} more outputs of the teacher cut off" if padded else "",
+            _digest("tokenizer", sequences["tokenizer"]) or "tokenizer not known",
+            "stored" if sequences["has_tokens"] else "not stored: a student needs the corpus",
+        ]
+    )
+
+
+def _origin(origin: Mapping[str, Any]) -> str:
+    """`from dense, digest 0123456789abcdef`."""
+    encoding = origin.get("encoding")
+    name = encoding.get("name") if isinstance(encoding, Mapping) else None
+    return f"from {name or 'a store'} {_digest('digest', origin.get('content_digest'))}".rstrip()
 
 
 def _classes(figures: Mapping[str, Any]) -> str:
@@ -119,7 +162,12 @@ def _classes(figures: Mapping[str, Any]) -> str:
 def _size(figures: Mapping[str, Any]) -> str:
     text = format_bytes(figures["num_bytes"])
     rows = figures["num_sealed_rows"]
-    return f"{text}, {figures['num_bytes'] / rows:,.1f} bytes a row" if rows else text
+    if not rows:
+        return text
+    text += f", {figures['num_bytes'] / rows:,.1f} bytes a row"
+    if figures["sequences"] is None:
+        return text
+    return f"{text}, {figures['num_bytes'] / rows / figures['num_positions']:,.1f} bytes a position"
 
 
 def _plain(value: Mapping[str, Any], *but: str) -> list[str]:

@@ -51,8 +51,8 @@ class Sequences:
 
     def to_json(self) -> dict[str, Any]:
         """The sequences as a JSON object."""
-        value = vars(self).copy()
-        return value | value.pop("extra")
+        value = {option.name: getattr(self, option.name) for option in fields(self) if option.name != "extra"}
+        return value | dict(self.extra)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:

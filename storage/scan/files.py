@@ -112,7 +112,7 @@ def unexpected_files(store: Store, sealed: tuple[int, ...]) -> Iterator[str]:
 def _others(store: Store, root: Path, sealed: frozenset[int]) -> Iterator[str]:
     known = {MANIFEST, FINAL, "zarr.json", *(f"{spec.name}/zarr.json" for spec in store.manifest.arrays)}
     if isinstance(store.manifest.encoding, Hidden):
-        known |= {HEAD_WEIGHT, HEAD_BIAS}
+        known |= {HEAD_WEIGHT, HEAD_BIAS} if store.manifest.encoding.has_bias else {HEAD_WEIGHT}
     tails = {spec.name: ["0"] * len(spec.row_shape) for spec in store.manifest.arrays}
     for folder, _, names in os.walk(root):
         for name in names:

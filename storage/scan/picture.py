@@ -13,13 +13,14 @@ import numpy as np
 
 from storage.console import format_count
 from storage.errors import PathError
-from storage.scan.statistics import Stats, class_label
+from storage.scan.figures import Stats, class_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SHOWN_CLASSES = 30
+LISTED_CLASSES = 1000
 FEWEST_PLACES = 8
 NAME_CHARACTERS = 26
 SUFFIXES = (".png", ".html", ".htm")
@@ -109,16 +110,35 @@ def _draw(stats: Stats) -> "Figure":
 
 
 def _subtitle(stats: Stats) -> str:
-    parts = [f"{format_count(stats.num_sealed_rows)} rows, {format_count(stats.num_classes)} classes"]
+    what = "rows" if stats.sequences is None else f"sequences of {format_count(stats.num_positions)}"
+    classes = f"{format_count(stats.num_classes)} " + ("classes" if stats.sequences is None else "token ids")
+    parts = [f"{format_count(stats.num_sealed_rows)} {what}", classes]
     if stats.num_sealed_rows < stats.num_rows:
-        parts[0] = f"{format_count(stats.num_sealed_rows)} of {format_count(stats.num_rows)} rows sealed"
-    parts.append(f"{format_count(stats.num_refused)} without targets")
+        parts[0] = f"{format_count(stats.num_sealed_rows)} of {format_count(stats.num_rows)} {what} sealed"
+    if stats.num_tokens is not None:
+        parts.insert(1, f"{format_count(stats.num_tokens)} tokens counted")
+    refused = format_count(stats.num_refused) + ("" if stats.sequences is None else " rows")
+    parts.append(f"{refused} without targets")
     if stats.agreement is not None and stats.agreement.num_rows:
         share = stats.agreement.num_agreed / stats.agreement.num_rows
-        parts.append(f"top-1 is the hard target in {100 * share:.2f} %")
-    total = sum(stats.bytes_by_array.values())
-    parts.append(f"{total / stats.num_sealed_rows:,.0f} bytes a row")
+        parts.append(f"top-1 is the {_hard_target(stats)} in {100 * share:.2f} %")
+    total, per = sum(_costs(stats).values()), _unit(stats)
+    parts.append(f"{total:,.0f} bytes a {per}" if total >= 100 else f"{total:,.1f} bytes a {per}")
     return "   ·   ".join(parts)
+
+
+def _unit(stats: Stats) -> str:
+    """What a figure is of: a row, or a token."""
+    return stats.counted.removesuffix("s")
+
+
+def _hard_target(stats: Stats) -> str:
+    return "hard target" if stats.sequences is None else "next token"
+
+
+def _costs(stats: Stats) -> dict[str, float]:
+    """Bytes of each array a row or a token; of sequences without one token, a row."""
+    return stats.bytes_per_row if stats.bytes_per_token is None else stats.bytes_per_token
 
 
 def _clip(text: str, num_characters: int = NAME_CHARACTERS) -> str:
@@ -139,15 +159,17 @@ def _draw_classes(axes: "Axes", stats: Stats) -> None:
     axes.set_yticks(places, [_clip(class_label(stats, int(index))) for index in shown])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(max(len(shown), FEWEST_PLACES) - 0.4, -0.6)  # two bars as tall as the page are no picture
-    axes.set_xlabel("rows")
+    axes.set_xlabel(stats.counted)
     _plain_counts(axes, "x")
-    title = "Top-1 class" if every else f"Top-1 class, the {SHOWN_CLASSES} most frequent"
-    axes.set_title(title if stats.agreement is None else f"{title} (dark: it is the hard target)")
+    title = "Top-1 class" if stats.sequences is None else "Top-1 token id"
+    title = title if every else f"{title}, the {SHOWN_CLASSES} most frequent"
+    axes.set_title(title if stats.agreement is None else f"{title} (dark: it is the {_hard_target(stats)})")
     if not every:
         rest = np.delete(counts, shown)
         share = 100 * rest.sum() / max(1, counts.sum())
         text = (
-            f"the other {format_count(len(rest))} classes: {format_count(int(rest.sum()))} rows ({share:.0f} %),\n"
+            f"the other {format_count(len(rest))} {'classes' if stats.sequences is None else 'ids'}: "
+            f"{format_count(int(rest.sum()))} {stats.counted} ({share:.0f} %),\n"
             f"{format_count(int(rest.min()))} to {format_count(int(rest.max()))} each, "
             f"{format_count(int((rest == 0).sum()))} of them none"
         )
@@ -162,11 +184,11 @@ def _draw_entropy(axes: "Axes", stats: Stats) -> None:
     if counts.max(initial=0) > 20 * max(1, int(np.median(counts[counts > 0])) if counts.any() else 1):
         axes.set_yscale("log")  # a sure teacher puts nearly all rows into the first bin
         axes.set_ylim(bottom=0.7)
-        axes.set_ylabel("rows (log)")
+        axes.set_ylabel(f"{stats.counted} (log)")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     else:
         _plain_counts(axes, "y")
-        axes.set_ylabel("rows")
+        axes.set_ylabel(stats.counted)
     axes.set_xlabel(f"entropy at T = 1 (nats; log {format_count(stats.num_classes)} = {edges[-1]:.2f})")
     axes.set_title("How unsure the teacher is")
     if not math.isnan(stats.entropy.mean):
@@ -202,7 +224,7 @@ def _draw_tails(axes: "Axes", stats: Stats) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.4f}".rstrip("0").rstrip(".") + " %")
     axes.xaxis.set_minor_formatter(lambda *_: "")
     axes.set_xlabel("tail mass at most (log)")
-    axes.set_ylabel("% of rows")
+    axes.set_ylabel(f"% of {stats.counted}")
     axes.set_title("What the kept entries leave")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
 
@@ -216,7 +238,7 @@ def _mass(mass: float) -> str:
 
 
 def _draw_bytes(axes: "Axes", stats: Stats) -> None:
-    pairs = sorted(stats.bytes_per_row.items(), key=lambda pair: -pair[1])
+    pairs = sorted(_costs(stats).items(), key=lambda pair: -pair[1])
     places = np.arange(len(pairs))
     axes.barh(places, [count for _, count in pairs], height=0.72, color=BLUE)
     largest = max(count for _, count in pairs) or 1.0
@@ -226,8 +248,8 @@ def _draw_bytes(axes: "Axes", stats: Stats) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(pairs) - 0.4, -0.6)
     axes.set_xlim(0, largest * 1.14)
-    axes.set_xlabel("bytes a row, as stored")
-    axes.set_title("What a row costs")
+    axes.set_xlabel(f"bytes a {_unit(stats)}, as stored")
+    axes.set_title(f"What a {_unit(stats)} costs")
 
 
 def _plain_counts(axes: "Axes", which: str) -> None:
@@ -256,9 +278,14 @@ td.n, th.n {{ text-align: right; font-variant-numeric: tabular-nums; }}
 
 
 def _page(stats: Stats, drawing: str) -> str:
-    tables = [_table("Kept mass", ("temperature", "mean", "95 % of rows keep", "worst row"), _kept_rows(stats))]
+    counted, hard = stats.counted, _hard_target(stats)
+    worst = f"worst {_unit(stats)}"
+    tables = [_table("Kept mass", ("temperature", "mean", f"95 % of {counted} keep", worst), _kept_rows(stats))]
     tables.append(_table("Rows without targets", ("rows", "reason", "for example"), _refused_rows(stats)))
-    tables.append(_table("Classes", ("class", "top-1 rows", "hard target rows", "both"), _class_rows(stats)))
+    title, name = ("Classes", "class") if stats.sequences is None else ("Token ids", "id")
+    if stats.num_classes > LISTED_CLASSES:
+        title += f", the {format_count(LISTED_CLASSES)} most frequent"
+    tables.append(_table(title, (name, f"top-1 {counted}", f"{hard} {counted}", "both"), _class_rows(stats)))
     drawing = drawing[drawing.index("<svg") :]
     return PAGE.format(title=html.escape(Path(stats.path).name), drawing=drawing, tables="\n".join(tables))
 
@@ -280,10 +307,12 @@ def _class_rows(stats: Stats) -> list[tuple[Any, ...]]:
             stats.agreement.agreed_counts,
         )
     )
-    rows = []
-    for index, count in enumerate(stats.top1_counts):
+    rows, listed = [], range(stats.num_classes)
+    if stats.num_classes > LISTED_CLASSES:
+        listed = np.argsort(-np.array(stats.top1_counts), kind="stable")[:LISTED_CLASSES].tolist()
+    for index in listed:
         known = (format_count(hard[index]), format_count(both[index])) if hard else ("", "")
-        rows.append((class_label(stats, index), format_count(count), *known))
+        rows.append((class_label(stats, index), format_count(stats.top1_counts[index]), *known))
     return rows
 
 

@@ -10,12 +10,15 @@ import numpy as np
 
 from storage.arrays import STATUS_OK, Array, Arrays
 from storage.backends import backend_for
+from storage.encodings import HeadArrays
 from storage.errors import DamageError, FormatVersionError, NotSealedError, PathError
 from storage.reader import Store, num_rows_of
 from storage.records import FINAL, Final, Seal, content_digest
 from storage.scan.files import check_metadata, lost_manifest, unexpected_files
 from storage.scan.passes import Block, Progress, blocks, fold_shards, one_at_a_time
 from storage.scan.rows import broken_rules
+
+SPOT_HEAD_VALUES = 1 << 26  # of a head so small, every block's rows are recomputed; of a larger one, a shard's first's
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def verify(path: str | Path, *, num_workers: int | None = None, progress: Progre
 
     Checked are: every record and how they refer to each other; the digest of every object, or of the whole file in
     HDF5; every chunk's checksum; every array's sealed sha256; that the sealed rows are those that they should be; the
-    content digest; and that every row is one that a teacher can have given.
+    content digest; and that every row is one that a teacher can have given. Of hidden states, a few distributions of
+    each chunk are computed anew and held against what is stored of them.
 
     Args:
         path: the store.
@@ -115,7 +119,8 @@ def _verify(store: Store, num_workers: int | None, progress: Progress | None) ->
     sealed = store.sealed_shards()
     records = _check_records(store, sealed)
     advance = one_at_a_time(progress)
-    shards = fold_shards(sealed, lambda shard: _check_shard(store, shard, advance), _merge, num_workers)
+    head = records.head
+    shards = fold_shards(sealed, lambda shard: _check_shard(store, shard, head, advance), _merge, num_workers)
     shards = shards or _Shards()
     return VerifyResult(
         path=store.path,
@@ -154,6 +159,7 @@ def _missing_rows(store: Store, sealed: tuple[int, ...]) -> Iterator[tuple[int, 
 class _Records:
     damage: tuple[Damage, ...]
     content_digest: str | None
+    head: HeadArrays | None
 
 
 def _check_records(store: Store, sealed: tuple[int, ...]) -> _Records:
@@ -179,12 +185,13 @@ def _check_records(store: Store, sealed: tuple[int, ...]) -> _Records:
         store.backend.check_final()  # also without a final record: it may be what was damaged
     except DamageError as error:
         damage.append(Damage.of(error))
+    head = None
     try:
-        store.head()
+        head = store.head()
     except DamageError as error:
         damage.append(Damage.of(error))
     damage += [Damage(f"{store.path}: {text}") for text in check_metadata(store)]
-    return _Records(tuple(damage), digest)
+    return _Records(tuple(damage), digest, head)
 
 
 @dataclass(frozen=True)
@@ -236,7 +243,7 @@ class _Findings:
         return any(item.array == array for item in self.damage)
 
 
-def _check_shard(store: Store, shard: int, advance: Progress) -> _Shards:
+def _check_shard(store: Store, shard: int, head: HeadArrays | None, advance: Progress) -> _Shards:
     """Go through one shard once, block by block, with the digests of its arrays running along."""
     findings = _Findings(store, shard)
     try:
@@ -247,6 +254,7 @@ def _check_shard(store: Store, shard: int, advance: Progress) -> _Shards:
     running = {spec.name: hashlib.sha256() for spec in specs}
     refused = set() if seal is None else {entry.row for entry in seal.quarantine}
     num_chunks = 0
+    is_small = head is not None and head.weight_CW.size <= SPOT_HEAD_VALUES
     for block in blocks(store.manifest, shard):
         arrays = {}
         for spec in specs:
@@ -255,7 +263,7 @@ def _check_shard(store: Store, shard: int, advance: Progress) -> _Shards:
                 arrays[spec.name] = values
                 running[spec.name].update(values.data.cast("B"))
         if len(arrays) == len(specs):
-            _check_rows(findings, block, arrays)
+            _check_rows(findings, block, arrays, head if is_small or block.chunks[0] == 0 else None)
         if seal is not None and "status" in arrays:
             _check_quarantine(findings, block, arrays["status"], refused)
         num_chunks += len(block.chunks) * len(specs)
@@ -288,9 +296,9 @@ def _read(findings: _Findings, name: str, block: Block) -> Array | None:
     return None
 
 
-def _check_rows(findings: _Findings, block: Block, arrays: Arrays) -> None:
-    for rule in broken_rules(findings.store.manifest, arrays):
-        row = block.start + rule.first
+def _check_rows(findings: _Findings, block: Block, arrays: Arrays, head: HeadArrays | None) -> None:
+    for rule in broken_rules(findings.store.manifest, arrays, head):
+        row = str(block.start + rule.first) + ("" if rule.position is None else f", position {rule.position}")
         chunk = block.chunks[0] + rule.first // findings.store.layout.chunk_rows
         others = f" and in {rule.num_rows - 1} more rows near it" if rule.num_rows > 1 else ""
         findings.add(f"expected {rule.expected}, got something else in row {row}{others}", rule.array, chunk)
