@@ -78,8 +78,10 @@ class MLP(nn.Module):
         """What the last layer is given, (N, W)."""
         hidden = inputs.flatten(1)
         hidden = F.dropout(hidden, self.input_dropout, self.training)
-        for layer in self.layers[:-1]:
-            hidden = F.dropout(F.relu(layer(hidden)), self.dropout, self.training)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):  # a slice of the layers would not go through torch.jit.script
+            if index != last:
+                hidden = F.dropout(F.relu(layer(hidden)), self.dropout, self.training)
         return hidden
 
     def output_head(self) -> Head:

@@ -1,4 +1,7 @@
-"""Model files to modules: `torch.export` programs, TorchScript archives, weights, and trusted pickles."""
+"""Model files to modules: `torch.export` programs, TorchScript archives, weights, trusted pickles, transformers.
+
+Legend: N batch, C classes or vocabulary entries, P positions.
+"""
 
 import contextlib
 import io
@@ -20,8 +23,11 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from storage.errors import StudentError, TeacherError
+from studenttrain.gpt import GPT
+from studenttrain.hf import HfCausalLM, load_hf
 from studenttrain.models import build_model
-from teacherdump.model_file import file_kind
+from teacherdump.config import Precision
+from teacherdump.model_file import HF_PREFIX, file_kind, hf_files
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before each name
@@ -33,11 +39,14 @@ class Member:
 
     Attributes:
         where: how an error names it.
-        module: inputs (N, ...) to logits (N, C).
-        input_dtype: what it is fed.
+        module: inputs (N, ...) to logits (N, C); of a language model token ids (N, P), and position ids where it takes
+            them, to logits (N, P, C).
+        input_dtype: what it is fed; int64 of what is known to be a language model.
         input_shape: shape of one sample that it takes, None for a size that is free; None where it doesn't say.
         min_batch: rows that it takes at least; smaller batches are padded.
         max_batch: rows that it takes at most, or None.
+        num_inputs: tensors that a program takes: 2 of one that takes position ids too.
+        max_positions: positions of a sequence that a language model takes at most, or None where it doesn't say.
     """
 
     where: str
@@ -46,15 +55,51 @@ class Member:
     input_shape: tuple[int | None, ...] | None = None
     min_batch: int = 1
     max_batch: int | None = None
+    num_inputs: int = 1
+    max_positions: int | None = None
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether it is known to be a language model; what is code or TorchScript may be one all the same."""
+        return self.input_dtype == torch.int64
+
+    def check_positions(self, num_positions: int) -> None:
+        """Refuse sequences of a length that it does not take.
+
+        Raises:
+            TeacherError: it takes shorter ones, or those of one other length.
+        """
+        fixed = None if self.input_shape is None or len(self.input_shape) != 1 else self.input_shape[0]
+        if fixed is not None and fixed != num_positions:
+            raise TeacherError(
+                f"{self.where}: expected sequences of {fixed} positions, for which it was exported, got "
+                f"{num_positions}; say --sequence-length {fixed}, or export it with a dynamic second dimension"
+            )
+        if self.max_positions is not None and num_positions > self.max_positions:
+            raise TeacherError(
+                f"{self.where}: expected sequences of at most {self.max_positions} positions, got {num_positions}; say "
+                f"--sequence-length {self.max_positions} or less"
+            )
 
 
-def load_member(path: str | Path, arch: str | None, device: torch.device, trust_pickle: bool) -> Member:
-    """A model file as a module on the device.
+def load_member(
+    path: str | Path, arch: str | None, device: torch.device, trust_pickle: bool, precision: Precision = "fp32"
+) -> Member:
+    """A model file, or a folder of transformers, as a module on the device.
+
+    Args:
+        path: of the file, or `hf:DIR`.
+        arch: what weights belong to.
+        device: where it goes.
+        trust_pickle: whether it may run code while it is loaded.
+        precision: in which a folder of transformers is loaded; other models keep their own and are run under autocast.
 
     Raises:
         TeacherError: it is missing, damaged, pickled, no model, not in eval mode, or does not fit `arch`.
     """
     where, kind = f"teacher '{path}'", file_kind(path)
+    if kind == "hf":
+        return _load_hf(path, where, device, trust_pickle, precision)
     if kind == "program":
         return _load_program(path, where, device, trust_pickle)
     if kind == "torchscript":
@@ -68,7 +113,21 @@ def load_member(path: str | Path, arch: str | None, device: torch.device, trust_
             f"{where}: expected every part in eval mode, got {training[0]!r} still in training mode after .eval(); "
             "mend its train() method"
         )
+    if isinstance(module, (GPT, HfCausalLM)):
+        return Member(where, module, torch.int64, max_positions=getattr(module, "max_positions", None))
     return Member(where, module, _floating_dtype(module))
+
+
+def _load_hf(path: str | Path, where: str, device: torch.device, trust_pickle: bool, precision: Precision) -> Member:
+    files = hf_files(path)
+    if files.is_pickled and not trust_pickle:
+        raise _pickled(where, f"pickled weights, '{files.weights[0].name}'", "the model with save_pretrained")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    try:
+        module = load_hf(files.folder, where, needs_weights=True, dtype=dtype, device=device, trust_pickle=trust_pickle)
+    except StudentError as error:
+        raise TeacherError(str(error)) from error
+    return Member(where, module, torch.int64, max_positions=module.max_positions)
 
 
 def _floating_dtype(module: nn.Module) -> torch.dtype:
@@ -100,26 +159,46 @@ def _load_program(path: str | Path, where: str, device: torch.device, trust_pick
     _check_program_evaluates(program, where)
     inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
     values = [node.meta.get("val") for node in inputs]
-    if len(values) != 1 or not isinstance(values[0], Tensor) or values[0].ndim < 2:
-        raise TeacherError(
-            f"{where}: expected a program that takes one batch (N, ...), got one of {len(values)} inputs; wrap the "
-            "model so that it takes the batch alone, and export it again"
-        )
+    _check_program_inputs(program, values, where)
     shape = values[0].shape
-    bounds: tuple[int | None, int | None] = (1, None)
-    if isinstance(shape[0], int):
-        bounds = (shape[0], shape[0])
-    elif shape[0].node.expr in program.range_constraints:
-        interval = program.range_constraints[shape[0].node.expr]
-        bounds = (_finite(interval.lower) or 1, _finite(interval.upper))
+    is_sequence = values[0].dtype == torch.int64 and len(shape) == 2
+    least, most = _bounds(program, shape[0])
     return Member(
         where,
         module,
         values[0].dtype,
         tuple(size if isinstance(size, int) else None for size in shape[1:]),
-        max(1, bounds[0] or 1),
-        bounds[1],
+        max(1, least or 1),
+        most,
+        len(values),
+        _bounds(program, shape[1])[1] if is_sequence else None,
     )
+
+
+def _check_program_inputs(program: torch.export.ExportedProgram, values: Sequence[Any], where: str) -> None:
+    """Refuse what does not take a batch by place, or token ids and position ids."""
+    is_batch = len(values) == 1 and isinstance(values[0], Tensor) and values[0].ndim >= 2
+    is_tokens = len(values) == 2 and all(
+        isinstance(value, Tensor) and value.ndim == 2 and value.dtype == torch.int64 for value in values
+    )
+    if not is_batch and not is_tokens:
+        raise TeacherError(
+            f"{where}: expected a program that takes one batch (N, ...), or int64 token ids and position ids (N, P), "
+            f"got one of {len(values)} inputs; wrap the model so that it takes these alone, and export it again"
+        )
+    if program.call_spec.in_spec.children()[1].num_children:
+        raise TeacherError(
+            f"{where}: expected a program that takes its inputs by place, got one exported with names for them; export "
+            "it with args=(...) and no kwargs"
+        )
+
+
+def _bounds(program: torch.export.ExportedProgram, size: Any) -> tuple[int | None, int | None]:
+    """Smallest and largest size of a dimension, None where there is no bound."""
+    if isinstance(size, int):
+        return size, size
+    interval = program.range_constraints.get(size.node.expr)
+    return (None, None) if interval is None else (_finite(interval.lower), _finite(interval.upper))
 
 
 def _finite(bound: Any) -> int | None:
@@ -272,12 +351,15 @@ def _state_dict(loaded: Any, where: str) -> dict[str, Tensor]:
 
 def _fill(arch: str, state: Mapping[str, Tensor], where: str) -> nn.Module:
     """The architecture with the weights in it."""
-    module = _build(arch, None, where)
+    vocabulary = state["embedding.weight"].shape[:1] if "embedding.weight" in state else ()
+    module = _build(arch, next(iter(vocabulary), 1) if arch.startswith("gpt:") else None, where)
     num_classes = _other_head(module.state_dict(), state)
-    if num_classes is not None and not arch.startswith(("mlp:", "cnn:")):
+    if num_classes is not None and not arch.startswith(("mlp:", "cnn:", "gpt:", HF_PREFIX)):
         with contextlib.suppress(TeacherError):
             module = _build(arch, num_classes, where)
     expected = module.state_dict()
+    if isinstance(module, HfCausalLM):
+        state = _named_as_in(module, state)
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     advice = "give the --arch that the file belongs to"
@@ -301,6 +383,21 @@ def _fill(arch: str, state: Mapping[str, Tensor], where: str) -> nn.Module:
     return module
 
 
+def _named_as_in(module: HfCausalLM, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a model of transformers under the names of the module around it, tied ones under all of them."""
+    prefix = "model."
+    expected = module.state_dict()
+    if not any(name in expected for name in state) or all(f"{prefix}{name}" in expected for name in state):
+        state = {f"{prefix}{name}": value for name, value in state.items()}
+    names = {value.data_ptr(): name for name, value in expected.items() if name in state}
+    tied = {
+        name: state[names[value.data_ptr()]]
+        for name, value in expected.items()
+        if name not in state and value.data_ptr() in names
+    }
+    return {**state, **tied}
+
+
 def _build(arch: str, num_classes: int | None, where: str) -> nn.Module:
     try:
         return build_model(arch, num_classes)
@@ -321,10 +418,10 @@ def _other_head(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> 
     return counts.pop() if len(counts) == 1 else None
 
 
-def _pickled(where: str, got: str) -> TeacherError:
+def _pickled(where: str, got: str, saved: str = "model.state_dict() or a torch.export program instead") -> TeacherError:
     return TeacherError(
-        f"{where}: expected weights or a program, got {got}, which may run any code when it is loaded; save "
-        "model.state_dict() or a torch.export program instead, or say --trust-pickle if you made it"
+        f"{where}: expected weights or a program, got {got}, which may run any code when it is loaded; save {saved}, "
+        "or say --trust-pickle if you made it"
     )
 
 

@@ -7,24 +7,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from storage.errors import TeacherError
+from storage.errors import StudentError, TeacherError
+from studenttrain.hf_files import CONFIG, HfFiles, find_hf_files
 from teacherdump.config import Combine, Precision
 
-FileKind = Literal["program", "torchscript", "safetensors", "pickle"]
-"""A `torch.export` program, a TorchScript archive, or weights; `pickle` is what `torch.save` writes, weights or not."""
+FileKind = Literal["program", "torchscript", "safetensors", "pickle", "hf"]
+"""A `torch.export` program, a TorchScript archive, or weights; `pickle` is what `torch.save` writes, weights or not;
+`hf` is a folder of transformers."""
 
 READ_BYTES = 8 << 20
 ZIP_MAGIC = b"PK"
-SELF_CONTAINED = ("program", "torchscript")
+SELF_CONTAINED = ("program", "torchscript", "hf")
+HF_PREFIX = "hf:"
+CONFIG_DIGITS = 12  # of the digest that says which configuration weights of a `hf:DIR` belong to
 
 
 def file_kind(path: str | Path) -> FileKind:
-    """What a model file is, by its content: its suffix is never looked at.
+    """What a model file is, by its content: its suffix is never looked at; `hf:DIR` is a folder of transformers.
 
     Raises:
         TeacherError: it is missing, empty, damaged, or no model.
     """
+    if is_hf(path):
+        hf_files(path)
+        return "hf"
     where, path = f"teacher '{path}'", Path(path)
+    if path.is_dir() and (path / CONFIG).is_file():
+        raise TeacherError(f"{where}: expected a model file, got a folder of transformers; say --model hf:{path}")
     if path.is_dir():
         raise TeacherError(f"{where}: expected a model file, got a folder; give the file in it")
     if not path.is_file():
@@ -40,6 +49,35 @@ def file_kind(path: str | Path) -> FileKind:
     if head[0] == 0x80 and head[1] in range(2, 6):  # a pickle of protocol 2 to 5, as torch.save wrote before 1.6
         return "pickle"
     raise _no_model(where, "a file of some other kind")
+
+
+def is_hf(path: str | Path) -> bool:
+    """Whether a model is named as a folder of transformers, `hf:DIR`."""
+    return str(path).startswith(HF_PREFIX)
+
+
+def hf_files(path: str | Path) -> HfFiles:
+    """What lies in the folder of a `hf:DIR`.
+
+    Raises:
+        TeacherError: no model does.
+    """
+    where = f"teacher '{path}'"
+    try:
+        files = find_hf_files(str(path).removeprefix(HF_PREFIX), where)
+    except StudentError as error:
+        raise TeacherError(str(error)) from error
+    if not files.weights:
+        raise TeacherError(
+            f"{where}: expected weights beside {CONFIG}, got none; copy model.safetensors into the folder"
+        )
+    return files
+
+
+def hf_digest(files: HfFiles) -> str:
+    """Hex sha256 over the configuration and the weights: a line for each, its name and the sha256 of its bytes."""
+    lines = [f"{path.name} {file_digest(path)}\n" for path in files.all]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _archive_kind(path: Path, where: str) -> FileKind:
@@ -96,8 +134,8 @@ def teacher_identity(
 ) -> dict[str, Any]:
     """Who the teacher is, as the manifest keeps it: `digest`, `kind`, `arch`, `precision`, `combine`, `members`.
 
-    The digest of one model is the sha256 of its file; that of an ensemble the sha256 over its members' digests, in
-    order, and how they are combined, a line each. A file's name is no part of it.
+    The digest of one model is the sha256 of its file, or of a folder's `hf_digest`; that of an ensemble the sha256 over
+    its members' digests, in order, and how they are combined, a line each. A file's name is no part of it.
 
     Raises:
         TeacherError: a file is missing, damaged or no model.
@@ -112,8 +150,10 @@ def teacher_identity(
     if combine is not None and len(paths) == 1:
         raise ValueError(f"combine: expected several models, got one with {combine}; leave --combine out")
     members = [
-        {"digest": file_digest(path), "kind": _model_kind(kind, arch)} for path, kind in zip(paths, kinds, strict=True)
+        {"digest": _digest(path, kind), "kind": _model_kind(kind, arch)}
+        for path, kind in zip(paths, kinds, strict=True)
     ]
+    arch = _arch_without_path(arch, kinds)
     if len(members) == 1:
         return {**members[0], "arch": arch, "precision": precision, "combine": None, "members": []}
     combine = combine or "mean-probs"
@@ -128,6 +168,24 @@ def teacher_identity(
     }
 
 
+def _digest(path: str | Path, kind: FileKind) -> str:
+    return hf_digest(hf_files(path)) if kind == "hf" else file_digest(path)
+
+
+def _arch_without_path(arch: str | None, kinds: Sequence[FileKind]) -> str | None:
+    """What the manifest calls the architecture: where a folder lies is no part of who the teacher is."""
+    if arch is None:
+        return "hf" if "hf" in kinds else None
+    if not is_hf(arch):
+        return arch
+    config = Path(arch.removeprefix(HF_PREFIX)) / CONFIG
+    if not config.is_file():
+        raise TeacherError(
+            f"--arch {arch}: expected a folder with a {CONFIG}, got none; give the folder that the weights belong to"
+        )
+    return f"{HF_PREFIX}{file_digest(config)[:CONFIG_DIGITS]}"
+
+
 def _model_kind(kind: FileKind, arch: str | None) -> str:
     if kind == "safetensors":
         return "weights"
@@ -137,4 +195,5 @@ def _model_kind(kind: FileKind, arch: str | None) -> str:
 
 
 def _article(kind: FileKind) -> str:
-    return "a torch.export program" if kind == "program" else "a TorchScript archive"
+    names = {"program": "a torch.export program", "torchscript": "a TorchScript archive"}
+    return names.get(kind, "a folder of transformers")
