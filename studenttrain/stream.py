@@ -7,10 +7,11 @@ began. So a run that goes on from a state sees what it would have seen, whatever
 """
 
 import contextlib
+import math
 import os
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +21,9 @@ from numpy.typing import NDArray
 
 from storage.arrays import STATUS_OK, Arrays
 from storage.corpus import Batch, Corpus, Preprocess, check_digests, read_batch
+from storage.corpus.protocol import ReadsRows
+from storage.corpus.reading import batch_of
+from storage.corpus.stored import StoredTokens, stored_samples
 from storage.errors import CorpusMismatchError, NotSealedError
 from storage.layout import from_ranges, to_ranges
 from storage.reader import Store
@@ -32,9 +36,13 @@ from studenttrain.order import (
     choose_window_blocks,
     num_batches,
 )
-from studenttrain.window import TargetReader
+from studenttrain.window import TargetBatch, TargetReader
 
 MAX_READERS = 8
+
+# Small batches are read some at a time, so that the reading thread seldom takes Python from the student's.
+GROUP_BATCHES = 8
+GROUP_BYTES = 8 << 20  # of inputs and stored rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +51,8 @@ class StudentBatch:
 
     Attributes:
         rows_N: rows of the store, int64; the last batch of an epoch may leave a rank with none.
-        inputs: preprocessed samples, float32 (N, ...); zeros where one can't be decoded.
+        inputs: preprocessed samples, float32 (N, ...), zeros where one can't be decoded; of sequences token ids and
+            position ids, int64 (N, 2, P + 1).
         arrays: the stored arrays that were asked for, as they are stored, rows first.
         hard_targets_N: true classes as in the store, int32, -1 where unknown; None where the store has none.
         valid_N: bool, False where the row is quarantined and so has no soft targets.
@@ -54,6 +63,24 @@ class StudentBatch:
     arrays: Arrays
     hard_targets_N: NDArray[np.int32] | None  # noqa: N815
     valid_N: NDArray[np.bool_]  # noqa: N815
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether the samples are sequences of tokens."""
+        return self.inputs.dtype == np.int64
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Batches that were read at once.
+
+    Attributes:
+        batches: in order.
+        error: what the batch after them met; None where there was nothing.
+    """
+
+    batches: list[StudentBatch]
+    error: Exception | None = None
 
 
 class TargetStream:
@@ -72,7 +99,10 @@ class TargetStream:
         world_size: ranks that share each batch, at least 1; the order does not depend on it.
         arrays: stored arrays to read, such as `loss.target_arrays` names.
         readers: threads that read samples, at least 1; None is one for each core, at most 8.
-        prefetch: batches whose samples are read ahead, at least 1.
+        prefetch: batches that are at least read ahead, from 1.
+
+    Attributes:
+        ready: batches that are whole and come next, in order; there may be none, or more than are waited for.
 
     Raises:
         ValueError: an argument is out of range.
@@ -107,12 +137,19 @@ class TargetStream:
         self._block_rows = choose_block_rows(store.manifest)
         self._window_blocks = choose_window_blocks(store.manifest, self._block_rows)
         self._epoch, self._batch = 0, 0
+        self.ready: deque[StudentBatch] = deque()
         self._order: EpochOrder | None = None
         self._running: Generator[StudentBatch] | None = None
-        hard = ("hard_target",) if store.manifest.has_hard_targets else ()
-        self._targets = TargetReader(store, tuple(dict.fromkeys((*self.arrays, "status", "sample_digest", *hard))))
+        beside: tuple[str, ...] = ("hard_target",) if store.manifest.has_hard_targets else ()
+        if isinstance(corpus, StoredTokens):
+            beside += ("token_ids", "position_ids")
+        self._targets = TargetReader(store, tuple(dict.fromkeys((*self.arrays, "status", "sample_digest", *beside))))
         self._readers = ThreadPoolExecutor(readers or min(MAX_READERS, len(os.sched_getaffinity(0))), "samples")
         self._ahead = ThreadPoolExecutor(1, "batches")
+        row_bytes = 4 * math.prod(preprocess.shape) + store.manifest.row_bytes
+        # what is decoded a sample at a time takes long enough for a batch of its own
+        most = GROUP_BATCHES if isinstance(corpus, ReadsRows) else 1
+        self._group_batches = max(1, min(most, GROUP_BYTES // (row_bytes * -(-batch_size // world_size))))
 
     @property
     def epoch(self) -> int:
@@ -209,23 +246,45 @@ class TargetStream:
 
     def _rest(self) -> Generator[StudentBatch]:
         """What `__iter__` gives."""
-        order, first = self.begin_epoch(), self._batch
+        order, batch = self.begin_epoch(), self._batch
         count = num_batches(order.num_rows, self.batch_size)
-        targets = self._targets.batches(order, self.batch_size, first, self.rank, self.world_size)
-        samples: deque[Future[Batch]] = deque()
+        groups = self._read_groups(order, batch, count)  # only the reading thread goes through it
+        ahead: deque[Future[_Group | None]] = deque()
         try:
-            with contextlib.closing(targets):
-                for batch in range(first, count):
-                    for ahead in range(batch + len(samples), min(count, batch + 1 + self._prefetch)):
-                        samples.append(self._ahead.submit(self._read_samples, order, ahead))
-                    stored = next(targets)
-                    found = samples.popleft().result()
-                    given = self._joined(found, stored.arrays)
+            for _ in range(1 + -(-self._prefetch // self._group_batches)):
+                ahead.append(self._ahead.submit(next, groups, None))
+            while (group := ahead.popleft().result()) is not None:
+                ahead.append(self._ahead.submit(next, groups, None))
+                self.ready.extend(group.batches)
+                while self.ready:
                     self._stand_after(batch, count)
-                    yield given
+                    batch += 1
+                    yield self.ready.popleft()
+                if group.error is not None:
+                    raise group.error
         finally:
-            for future in samples:
-                future.cancel()
+            self.ready.clear()
+            # what is running writes to buffers that the next epoch will use
+            wait([future for future in ahead if not future.cancel()])
+            groups.close()
+
+    def _read_groups(self, order: EpochOrder, first: int, count: int) -> Generator[_Group]:
+        """Batches `first` to `count` of an epoch, some at a time."""
+        targets = self._targets.batches(order, self.batch_size, first, self.rank, self.world_size)
+        with contextlib.closing(targets):
+            for start in range(first, count, self._group_batches):
+                group = range(start, min(start + self._group_batches, count))
+                samples = None if isinstance(self.corpus, StoredTokens) else self._read_samples(order, group)
+                batches: list[StudentBatch] = []
+                try:
+                    for place in range(len(group)):
+                        stored = next(targets)
+                        found = self._stored_samples(stored) if samples is None else samples[place]
+                        batches.append(self._joined(found, stored.arrays))
+                except Exception as error:  # noqa: BLE001 - it is raised again, after the batches before it
+                    yield _Group(batches, error)
+                    return
+                yield _Group(batches)
 
     def _stand_after(self, batch: int, count: int) -> None:
         """Stand after a batch: at the next one, or before the next epoch."""
@@ -233,9 +292,17 @@ class TargetStream:
         if self._batch == count:
             self._epoch, self._batch, self._order = self._epoch + 1, 0, None
 
-    def _read_samples(self, order: EpochOrder, batch: int) -> Batch:
-        start, stop = batch_bounds(order.num_rows, self.batch_size, batch, self.rank, self.world_size)
-        return read_batch(self.corpus, order.rows(start, stop), self.preprocess, self._readers)
+    def _read_samples(self, order: EpochOrder, batches: range) -> list[Batch]:
+        """Samples of some batches, of this rank alone, read at once."""
+        bounds = [batch_bounds(order.num_rows, self.batch_size, it, self.rank, self.world_size) for it in batches]
+        rows_R = np.concatenate([order.rows(start, stop) for start, stop in bounds])
+        return split_samples(
+            read_batch(self.corpus, rows_R, self.preprocess, self._readers), [stop - start for start, stop in bounds]
+        )
+
+    def _stored_samples(self, stored: TargetBatch) -> Batch:
+        """Samples of a batch, of the tokens that the store keeps of its rows."""
+        return batch_of(stored.rows_N, stored_samples(stored.arrays), self.preprocess)
 
     def _joined(self, samples: Batch, stored: Arrays) -> StudentBatch:
         """Samples and targets as one batch that owns its arrays, after the samples were held against their digests."""
@@ -269,3 +336,14 @@ class TargetStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def split_samples(samples: Batch, sizes: Sequence[int]) -> list[Batch]:
+    """Samples that were read at once, cut into batches of these sizes."""
+    batches, start = [], 0
+    for size in sizes:
+        part = slice(start, start + size)
+        errors = {it - start: reason for it, reason in samples.errors.items() if start <= it < start + size}
+        batches.append(Batch(samples.rows_N[part], samples.inputs[part], samples.digests_N[part], errors))
+        start += size
+    return batches

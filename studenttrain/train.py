@@ -12,6 +12,7 @@ import click
 import torch
 
 from storage.console import format_count, progress
+from storage.encodings import Hidden
 from storage.interruption import Interrupted, StopRequest, stop_requests
 from storage.layout import from_ranges
 from studenttrain.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
@@ -21,14 +22,16 @@ from studenttrain.distributed import World, join_world
 from studenttrain.ending import FitResult, end_run, ended_run
 from studenttrain.evaluate import evaluate
 from studenttrain.figures import EvalFigures
+from studenttrain.heads import Head
 from studenttrain.learner import Learner, build_learner
 from studenttrain.loss import target_arrays
 from studenttrain.metrics import MetricsLog, StepLog
 from studenttrain.precision import check_precision
 from studenttrain.preparation import Prepared, build_student, hold_folder, look_at_data, prepare
 from studenttrain.schedule import learning_rate
-from studenttrain.step import Counts, LearningBatch, count_rows, load_batch, train_step
+from studenttrain.step import BatchLoader, Counts, LearningBatch, count_rows, load_batch, train_step
 from studenttrain.stream import StudentBatch, TargetStream
+from studenttrain.targets import target_head
 
 # The end of an epoch is no reason to write again what was written so short a time ago.
 LEAST_SAVE_S = 5.0
@@ -96,7 +99,7 @@ def fit(config: FitConfig, quiet: bool = False) -> FitResult:
         world.main_first(lambda: look_at_data(prepared, quiet))
 
         run = Run(config, prepared, world, folder, data, quiet)
-        learner = build_learner(student, config, world)
+        learner = build_learner(student, config, world, store.manifest.num_classes)
         stream = stack.enter_context(open_stream(run))
         if checkpoint is not None:
             learner.restore(checkpoint, world, path)
@@ -124,9 +127,12 @@ def train(  # noqa: C901 - the loop is to be read in one piece
     saver = Saver(run, learner, stream, metrics, log)
     figures = None
 
-    def load(batch: StudentBatch) -> LearningBatch:
-        return load_batch(batch, run.prepared.store.manifest, objective, hard_targets, world.device)
+    head = prepared_head(run)
 
+    def load_one(batch: StudentBatch) -> LearningBatch:
+        return load_batch(batch, run.prepared.store.manifest, objective, hard_targets, world.device, head)
+
+    load = BatchLoader(load_one, stream.ready)
     begin_epoch(run, stream)
     if not is_over(config, learner.step, stream.epoch):
         count_steps(config, learner.step, stream)  # refuses a warm-up that would not end, before anything is written
@@ -242,6 +248,7 @@ def validate(
         validation.corpus,
         run.prepared.preprocess,
         run.world,
+        num_classes=run.prepared.card.num_classes,
         store=validation.store,
         precision=run.config.precision,
         readers=run.prepared.readers,
@@ -269,6 +276,14 @@ def open_stream(run: Run) -> TargetStream:
         arrays=target_arrays(prepared.store.manifest) if prepared.objective.is_soft else (),
         readers=prepared.readers,
     )
+
+
+def prepared_head(run: Run) -> Head | None:
+    """The teacher's head on the device, where its hidden states are stored and learned from."""
+    encoding, arrays = run.prepared.store.manifest.encoding, run.prepared.store.head()
+    if arrays is None or not isinstance(encoding, Hidden) or not run.prepared.objective.is_soft:
+        return None
+    return target_head(encoding, arrays, run.world.device)
 
 
 def begin_epoch(run: Run, stream: TargetStream) -> None:

@@ -12,13 +12,13 @@ import pytest
 from numpy.typing import NDArray
 
 from storage.backends import mapped
-from storage.corpus import Corpus, Preprocess, SampleError, open_corpus
+from storage.corpus import Batch, Corpus, Preprocess, SampleError, open_corpus
 from storage.encodings import Dense, TopK
 from storage.errors import CorpusMismatchError, DamageError, NotSealedError
 from storage.reader import Store, open_store
 from storage.writer import StoreWriter
 from studenttrain.order import EpochOrder
-from studenttrain.stream import StudentBatch, TargetStream
+from studenttrain.stream import StudentBatch, TargetStream, split_samples
 from studenttrain.window import TargetReader
 from tests.studenttrain.runs import teacher_logits, write_blobs, write_targets
 
@@ -282,6 +282,59 @@ def test_a_sample_that_was_replaced_stops_the_stream_and_is_named(tmp_path: Path
         pytest.raises(CorpusMismatchError, match=r"row 41 .*: expected the sample that it was made from"),
     ):
         list(stream)
+
+
+@pytest.mark.parametrize("group_batches", [1, 3, 8])
+def test_the_batches_before_a_replaced_sample_are_given(group_batches: int, tmp_path: Path, store: Store) -> None:
+    with stream_of(store, open_corpus(tmp_path / "corpus.npz")) as stream:
+        batches = rows_of(list(stream))
+    arrays = dict(np.load(tmp_path / "corpus.npz"))
+    arrays["x"][batches[5][3]] += 1
+    np.savez(tmp_path / "other.npz", **arrays)
+    given: list[StudentBatch] = []
+    with stream_of(store, open_corpus(tmp_path / "other.npz")) as stream:
+        stream._group_batches = group_batches
+        with pytest.raises(CorpusMismatchError, match="expected the sample that it was made from"):
+            given.extend(iter(stream))
+        assert rows_of(given) == batches[:5]
+        assert stream.batch == 5
+
+
+@pytest.mark.parametrize(("world_size", "refused"), [(1, ()), (3, (2, 15, 16, 17))])
+def test_batches_that_are_read_at_once_are_those_that_are_read_singly(
+    world_size: int, refused: Sequence[int], tmp_path: Path, store: Store, corpus: Corpus
+) -> None:
+    del store
+    path = write_targets(tmp_path / "more.zarr", corpus, refused=refused)
+    with open_store(path) as store:
+        for rank in range(world_size):
+            options = {"rank": rank, "world_size": world_size, "batch_size": 7}
+            with stream_of(store, corpus, **options) as one, stream_of(store, corpus, **options) as two:
+                assert one._group_batches > 1
+                two._group_batches = 1
+                for a, b in zip(one, two, strict=True):
+                    assert_same(a, b)
+
+
+def test_the_batches_that_are_ready_are_those_that_come(store: Store, corpus: Corpus) -> None:
+    with stream_of(store, corpus) as stream:
+        batches = iter(stream)
+        next(batches)
+        ready = list(stream.ready)
+        assert len(ready) == 7
+        assert [next(batches) for _ in range(7)] == ready
+        assert not stream.ready
+        next(batches)
+        batches.close()  # type: ignore[attr-defined]
+        assert not stream.ready
+
+
+def test_what_can_not_be_decoded_stays_in_its_own_batch() -> None:
+    samples = Batch(np.arange(5), np.zeros((5, 2), np.float32), np.arange(5, dtype=np.uint64), {1: "a", 2: "b", 4: "c"})
+    parts = split_samples(samples, [2, 0, 3])
+    assert [part.errors for part in parts] == [{1: "a"}, {}, {0: "b", 2: "c"}]
+    assert [part.rows_N.tolist() for part in parts] == [[0, 1], [], [2, 3, 4]]
+    assert [part.digests_N.tolist() for part in parts] == [[0, 1], [], [2, 3, 4]]
 
 
 def test_a_sample_that_no_longer_decodes_stops_the_stream(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from studenttrain.learner import build_learner
 from studenttrain.loss import target_arrays
 from studenttrain.models import build_model
 from studenttrain.preparation import stored_preprocess
-from studenttrain.step import Counts, count_rows, load_batch, train_step
+from studenttrain.step import BatchLoader, Counts, LearningBatch, count_rows, load_batch, train_step
 from studenttrain.stream import StudentBatch, TargetStream
 from studenttrain.train import fit
 from tests.studenttrain.runs import (
@@ -109,6 +110,24 @@ def test_batches_of_different_sizes_weigh_by_their_rows(ground: Ground) -> None:
     one, many = (gradients(ground, group, objective) for group in ([large], pieces))
     for name, value in one.items():
         torch.testing.assert_close(many[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_what_lies_ready_is_loaded_with_the_batch_before_it_and_once(ground: Ground) -> None:
+    batches = some_batches(ground, 10, 6)
+    store, loaded, ready = open_store(ground.targets), [], deque(batches)
+
+    def load(batch: StudentBatch) -> LearningBatch:
+        loaded.append(batches.index(batch))
+        return load_batch(batch, store.manifest, Objective("kl", 4.0, 1.0), None, ALONE.device)
+
+    loader, order = BatchLoader(load, ready), []
+    for group in (batches[:2], batches[2:4], batches[4:]):  # two are asked for at a time, as with --accumulate 2
+        for _ in group:
+            ready.popleft()
+        for batch in group:
+            assert torch.equal(loader(batch).inputs, torch.from_numpy(batch.inputs))
+            order.append(list(loaded))
+    assert order == [[0, 2, 3, 4, 5], *[[0, 2, 3, 4, 5, 1]] * 5]
 
 
 def test_refused_rows_teach_nothing(tmp_path: Path) -> None:
