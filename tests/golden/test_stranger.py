@@ -1,70 +1,27 @@
-"""A stranger's reader: written from storage/FORMAT.md, with none of this project's code.
+"""A stranger reads the golden stores and checks all that storage/FORMAT.md promises of them.
 
-It reads the golden stores with numpy, json, hashlib, xxhash and zarr (or h5py), and checks all that the page promises.
+Version 1.0, and of 1.1 what holds of every store; what sequences, draws and hidden states are is in
+`test_stranger_sequences.py`.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 import xxhash
-import zarr
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
-GOLDEN = Path(__file__).parent / "v1.0"
-FORMAT = Path(__file__).parents[2] / "storage" / "FORMAT.md"
-STORES = ("dense.zarr", "topk.zarr", "dense.h5", "topk.h5")
+from tests.golden.stranger import FORMAT, GOLDEN, Array, Stranger, log_softmax, snippets
+
+STORES = [f"v1.0/{name}" for name in ("dense.zarr", "topk.zarr", "dense.h5", "topk.h5")]
+LATER = [f"v1.1/{name}{suffix}" for name in ("topk", "sample", "hidden") for suffix in (".zarr", ".h5")]
 
 
-def canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
-
-
-def checked(record: bytes) -> Any:
-    value = json.loads(record)
-    digest = value.pop("record_sha256")
-    assert digest == hashlib.sha256(canonical(value)).hexdigest()
-    assert record == canonical({**value, "record_sha256": digest}) + b"\n"
-    return value
-
-
-class Stranger:
-    """Records and arrays of a store."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.arrays: dict[str, Array] = {}
-        if path.suffix == ".zarr":
-            self.manifest_bytes = (path / "manifest.json").read_bytes()
-            final = (path / "final.json").read_bytes()
-            seals = [seal.read_bytes() for seal in sorted((path / "seals").iterdir())]
-            group = zarr.open_group(path, mode="r")
-            assert group.attrs["format"] == "logit-store"
-            for name in checked(seals[0])["arrays"]:
-                self.arrays[name] = np.asarray(group[name])
-        else:
-            with h5py.File(path, "r") as file:
-                self.manifest_bytes = file["records/manifest.json"][()].tobytes()
-                final = file["records/final.json"][()].tobytes()
-                seals = file["records/seals"][()].tobytes().splitlines(keepends=True)
-                self.arrays = {name: file[name][()] for name in file if name != "records"}
-        self.manifest = json.loads(self.manifest_bytes)
-        self.final = checked(final)
-        self.seal_bytes = seals
-        self.seals = [checked(seal) for seal in seals]
-
-    @property
-    def rows(self) -> Array:
-        """Rows of sealed shards that have targets."""
-        sealed = np.concatenate([np.arange(seal["start"], seal["stop"]) for seal in self.seals])
-        whole: Array = sealed[self.arrays["status"][sealed] == 0]
-        return whole
+@pytest.fixture(params=[*STORES, *LATER])
+def any_store(request: pytest.FixtureRequest) -> Stranger:
+    return Stranger(GOLDEN / request.param)
 
 
 @pytest.fixture(params=STORES)
@@ -77,21 +34,6 @@ def expected_logits() -> Array:
     return np.random.default_rng(7).normal(1, 4, (22, 6)).astype(np.float32)
 
 
-def log_softmax(values_NC: Array) -> Array:
-    logprobs_NC: Array = values_NC - np.log(np.exp(values_NC).sum(axis=1, keepdims=True))
-    return logprobs_NC
-
-
-def snippets() -> Any:
-    """The functions that the page shows, as they stand there."""
-    names: dict[str, Any] = {"json": json, "hashlib": hashlib, "np": np}
-    blocks = FORMAT.read_text().split("```python\n")[1:]
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(block.split("```")[0], names)
-    return names
-
-
 def test_the_manifest_has_the_fields_of_the_page(store: Stranger) -> None:
     expected = "format format_version num_rows num_classes shard_rows chunk_rows encoding temperatures teacher corpus"
     expected += " preprocess class_names has_hard_targets compressor provenance"
@@ -102,55 +44,58 @@ def test_the_manifest_has_the_fields_of_the_page(store: Stranger) -> None:
     assert store.manifest["class_names"][4:] == ["élan", "\N{FOX FACE}"]
 
 
-def test_records_refer_to_each_other_as_the_page_says(store: Stranger) -> None:
-    manifest_sha256 = hashlib.sha256(store.manifest_bytes).hexdigest()
-    assert store.final["manifest_sha256"] == manifest_sha256
-    assert {seal["manifest_sha256"] for seal in store.seals} == {manifest_sha256}
-    assert store.final["seals_sha256"] == hashlib.sha256(b"".join(store.seal_bytes)).hexdigest()
-    sealed = [shard for start, stop in store.final["sealed"] for shard in range(start, stop)]
-    assert [seal["shard"] for seal in store.seals] == sealed
-    assert store.final["complete"] == (sealed == [0, 1, 2])
-    for seal in store.seals:
-        assert (seal["start"], seal["stop"]) == (8 * seal["shard"], min(8 * seal["shard"] + 8, 22))
-    assert store.final["num_sealed_rows"] == sum(seal["stop"] - seal["start"] for seal in store.seals)
-    assert store.final["num_quarantined"] == sum(len(seal["quarantine"]) for seal in store.seals)
+def test_records_refer_to_each_other_as_the_page_says(any_store: Stranger) -> None:
+    manifest_sha256 = hashlib.sha256(any_store.manifest_bytes).hexdigest()
+    assert any_store.final["manifest_sha256"] == manifest_sha256
+    assert {seal["manifest_sha256"] for seal in any_store.seals} == {manifest_sha256}
+    assert any_store.final["seals_sha256"] == hashlib.sha256(b"".join(any_store.seal_bytes)).hexdigest()
+    sealed = [shard for start, stop in any_store.final["sealed"] for shard in range(start, stop)]
+    assert [seal["shard"] for seal in any_store.seals] == sealed
+    num_rows, shard_rows = any_store.manifest["num_rows"], any_store.manifest["shard_rows"]
+    assert any_store.final["complete"] == (sealed == list(range(-(-num_rows // shard_rows))))
+    for seal in any_store.seals:
+        start = shard_rows * seal["shard"]
+        assert (seal["start"], seal["stop"]) == (start, min(start + shard_rows, num_rows))
+    assert any_store.final["num_sealed_rows"] == sum(seal["stop"] - seal["start"] for seal in any_store.seals)
+    assert any_store.final["num_quarantined"] == sum(len(seal["quarantine"]) for seal in any_store.seals)
 
 
-def test_every_array_has_the_sealed_digest(store: Stranger) -> None:
-    for seal in store.seals:
-        assert set(seal["arrays"]) == set(store.arrays)
-        for name, values in store.arrays.items():
+def test_every_array_has_the_sealed_digest(any_store: Stranger) -> None:
+    for seal in any_store.seals:
+        assert set(seal["arrays"]) == set(any_store.arrays)
+        for name, values in any_store.arrays.items():
             rows = np.ascontiguousarray(values[seal["start"] : seal["stop"]])
             little = rows.astype(rows.dtype.newbyteorder("<"))
             assert hashlib.sha256(little.tobytes()).hexdigest() == seal["arrays"][name]
 
 
-def test_every_object_has_its_digest(store: Stranger) -> None:
-    objects: dict[str, Mapping[str, Any]] = dict(store.final["metadata"])
-    for seal in store.seals:
+def test_every_object_has_its_digest(any_store: Stranger) -> None:
+    objects: dict[str, Mapping[str, Any]] = dict(any_store.final["metadata"])
+    for seal in any_store.seals:
         objects |= seal["objects"]
-    if store.path.suffix == ".h5":
+    if any_store.path.suffix == ".h5":
         assert not objects
-        data = store.path.read_bytes()
+        data = any_store.path.read_bytes()
         line, _, zeros = data[:512].partition(b"\n")
         assert not zeros.strip(b"\0")
         expected = {"num_bytes": len(data) - 512, "xxh3_128": xxhash.xxh3_128_hexdigest(data[512:])}
         assert json.loads(line) == {"format": "logit-store", "user_block": 512, **expected}
         return
-    files = {path.relative_to(store.path).as_posix() for path in store.path.rglob("*") if path.is_file()}
-    seals = {f"seals/{seal['shard']:08d}.json" for seal in store.seals}
-    assert files == {*objects, *seals, "manifest.json", "final.json"}
+    files = {path.relative_to(any_store.path).as_posix() for path in any_store.path.rglob("*") if path.is_file()}
+    records = {f"seals/{seal['shard']:08d}.json" for seal in any_store.seals}
+    records |= {f"head/{name}" for name in any_store.head_bytes}
+    assert files == {*objects, *records, "manifest.json", "final.json"}
     for key, digest in objects.items():
-        data = (store.path / key).read_bytes()
+        data = (any_store.path / key).read_bytes()
         assert digest == {"num_bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
 
 
-def test_the_content_digest_is_what_the_page_computes(store: Stranger) -> None:
-    assert snippets()["content_digest"](store.manifest, store.seals) == store.final["content_digest"]
+def test_the_content_digest_is_what_the_page_computes(any_store: Stranger) -> None:
+    assert snippets()["content_digest"](any_store.manifest, any_store.seals) == any_store.final["content_digest"]
 
 
-def test_records_are_signed_as_the_page_says(store: Stranger) -> None:
-    assert [snippets()["signed"](seal) for seal in store.seals] == store.seal_bytes
+def test_records_are_signed_as_the_page_says(any_store: Stranger) -> None:
+    assert [snippets()["signed"](seal) for seal in any_store.seals] == any_store.seal_bytes
 
 
 def test_statistics_are_those_of_the_formulas(store: Stranger) -> None:
@@ -206,7 +151,7 @@ def test_quarantined_rows_hold_no_targets_and_say_why(store: Stranger) -> None:
 
 
 def test_rows_that_are_not_sealed_read_as_no_legal_row() -> None:
-    store = Stranger(GOLDEN / "topk.zarr")
+    store = Stranger(GOLDEN / "v1.0" / "topk.zarr")
     assert [seal["shard"] for seal in store.seals] == [0, 2]
     assert (store.arrays["status"][8:16] == 255).all()
     for name in ("max_logit", "lse", "entropy", "log_tail", "value_range"):
