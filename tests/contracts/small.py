@@ -8,10 +8,19 @@ import numpy as np
 
 from storage.arrays import STATUS_NOT_FINITE, STATUS_OK, STATUS_UNDECODABLE, Array
 from storage.backends import Backend, Hdf5Backend, MemoryBackend, ZarrBackend
-from storage.encodings import Dense, Encoding, TopK
+from storage.encodings import Dense, Encoding, Sample, TopK
 from storage.manifest import Manifest
 from storage.records import QuarantineEntry
 from storage.writer import StoreWriter
+from tests.storage.soft_targets import (
+    encode_rows,
+    head_for,
+    hidden_encoding,
+    sequence_arrays,
+    sequences_of,
+    teacher_says,
+    tokens_of,
+)
 
 KINDS = ("zarr-none", "zarr-zstd", "hdf5-none", "hdf5-zstd", "memory")
 ON_DISK = KINDS[:4]
@@ -23,9 +32,24 @@ ENCODINGS: dict[str, Encoding] = {
     "topk-uint8": TopK(5, "uint8"),
 }
 
+# what format 1.1 added, as fields of `small_manifest`
+LATER: dict[str, dict[str, Any]] = {
+    "topk-sequences": {"encoding": TopK(3), "sequences": sequences_of(3)},
+    "dense-sequences-without-tokens": {
+        "encoding": Dense("uint8"),
+        "sequences": sequences_of(2, has_tokens=False, tokenizer=None),
+    },
+    "sample-sequences": {"encoding": Sample(9, 2**64 - 1), "temperatures": (2.0,), "sequences": sequences_of(3)},
+    "sample-rows": {"encoding": Sample(2), "temperatures": (1.0,)},
+    "hidden-sequences": {"encoding": hidden_encoding(5, 4, soft_cap=9.0, has_bias=True), "sequences": sequences_of(3)},
+    "hidden-rows": {"encoding": hidden_encoding(5, 2, values="float32", scale=0.5)},
+}
+
 
 def small_manifest(**fields: Any) -> Manifest:
     """A manifest of 22 rows in shards of 8 and chunks of 4, with other fields where a test asks for them."""
+    if fields.get("sequences") is not None:
+        fields = {"has_hard_targets": False} | fields
     options: dict[str, Any] = {
         "num_rows": 22,
         "num_classes": 5,
@@ -68,14 +92,16 @@ def shard_arrays(manifest: Manifest, shard: int, seed: int = 0) -> tuple[dict[st
     """A shard's arrays, the same each time, with a refused row now and then, and its quarantine."""
     start, stop = manifest.layout.shard_bounds(shard)
     generator = np.random.default_rng([seed, shard])
-    logits_NC = generator.normal(0, 3, (stop - start, manifest.num_classes)).astype(np.float32)
+    logits_RC, hidden_RW = teacher_says(manifest, stop - start, generator)
     arrays = {spec.name: spec.full(stop - start) for spec in manifest.arrays}
-    arrays |= manifest.encoding.encode(logits_NC, manifest.temperatures)
+    arrays |= encode_rows(manifest, np.arange(start, stop), logits_RC, hidden_RW)
     arrays["status"][:] = STATUS_OK
     arrays["sample_digest"][:] = generator.integers(1, 2**63, stop - start, dtype=np.uint64)
     if manifest.has_hard_targets:
         arrays["hard_target"][:] = generator.integers(0, manifest.num_classes, stop - start)
         arrays["hard_target_logprob"][:] = generator.normal(-1, 0.1, stop - start)
+    if manifest.sequences is not None:
+        arrays |= sequence_arrays(manifest, tokens_of(manifest, stop - start, generator), logits_RC)
     quarantine = []
     for row in range(start, stop):
         if row % 9 == 5:
@@ -85,6 +111,11 @@ def shard_arrays(manifest: Manifest, shard: int, seed: int = 0) -> tuple[dict[st
                     arrays[spec.name][row - start] = status if spec.name == "status" else spec.fill_value
             quarantine.append(QuarantineEntry(row, f"sample {row}", "not legal, 'ü' \udcff"))
     return arrays, quarantine
+
+
+def create(backend: Backend, manifest: Manifest) -> StoreWriter:
+    """A writer on a backend, with the head that a store of hidden states is made with."""
+    return StoreWriter.on(backend, manifest, head_for(manifest))
 
 
 def write(writer: StoreWriter, *shards: int, seed: int = 0) -> None:

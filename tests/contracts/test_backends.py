@@ -22,8 +22,10 @@ from storage.writer import StoreWriter
 from tests.contracts.small import (
     ENCODINGS,
     KINDS,
+    LATER,
     assert_same,
     compressor_of,
+    create,
     expected_rows,
     make_backend,
     names_of,
@@ -46,15 +48,16 @@ def backend(kind: str, tmp_path: Path) -> Open:
     return make_backend(kind, tmp_path)
 
 
-@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("name", [*ENCODINGS, *LATER])
 def test_what_is_written_is_read_back_before_and_after_finalizing(kind: str, backend: Open, name: str) -> None:
-    manifest = small_manifest(encoding=ENCODINGS[name], compressor=compressor_of(kind))
-    with StoreWriter.on(backend(), manifest) as writer:
+    fields = LATER[name] if name in LATER else {"encoding": ENCODINGS[name]}
+    manifest = small_manifest(**fields, compressor=compressor_of(kind))
+    with create(backend(), manifest) as writer:
         write(writer, 2, 0, 1)
     with Store(backend()) as store:
         assert not store.finalized
         assert_same(store.read(names_of(manifest), 0, 22), expected_rows(manifest, 0, 22))
-    with StoreWriter.on(backend(), manifest) as writer:
+    with create(backend(), manifest) as writer:
         digest = writer.finalize()
     with Store(backend()) as store:
         assert store.manifest == manifest

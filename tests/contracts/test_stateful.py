@@ -18,13 +18,17 @@ from storage.reader import Store
 from storage.writer import StoreWriter
 from tests.contracts.small import (
     ENCODINGS,
+    LATER,
     assert_same,
     compressor_of,
+    create,
     make_backend,
     names_of,
     shard_arrays,
     small_manifest,
 )
+
+FIELDS: dict[str, dict[str, Any]] = {name: {"encoding": encoding} for name, encoding in ENCODINGS.items()} | LATER
 
 
 class Crashed(BaseException):
@@ -43,17 +47,16 @@ class Stores(RuleBasedStateMachine):
         num_rows=st.integers(1, 30),
         chunk_rows=st.integers(1, 4),
         chunks=st.integers(1, 3),
-        encoding=st.sampled_from(sorted(ENCODINGS)),
+        name=st.sampled_from(sorted(FIELDS)),
         is_compressed=st.booleans(),
     )
-    def create(self, num_rows: int, chunk_rows: int, chunks: int, encoding: str, is_compressed: bool) -> None:
+    def create(self, num_rows: int, chunk_rows: int, chunks: int, name: str, is_compressed: bool) -> None:
         self.kinds = ("memory", "zarr-zstd", "hdf5-none") if is_compressed else ("memory", "zarr-none", "hdf5-zstd")
         self.fields: dict[str, Any] = {
             "num_rows": num_rows,
             "chunk_rows": chunk_rows,
             "shard_rows": chunk_rows * chunks,
-            "encoding": ENCODINGS[encoding],
-        }
+        } | FIELDS[name]
         self.backends = {kind: make_backend(kind, self.folder) for kind in self.kinds}
         self.reopen()
 
@@ -65,7 +68,7 @@ class Stores(RuleBasedStateMachine):
         for writer in self.writers.values():
             writer.close()
         with mock.patch.object(os, "fsync"):
-            self.writers = {kind: StoreWriter.on(self.backends[kind](), self.manifest_of(kind)) for kind in self.kinds}
+            self.writers = {kind: create(self.backends[kind](), self.manifest_of(kind)) for kind in self.kinds}
 
     def shard(self, number: int) -> int:
         return number % self.writers["memory"].layout.num_shards
