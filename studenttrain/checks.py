@@ -167,7 +167,28 @@ def check_row_count(store: Store, corpus: Corpus) -> None:
         )
 
 
-def say_meeting(store: Store, hard_targets: NDArray[np.int32], quiet: bool) -> Meeting:
+def check_tokenizer(store: Store, fingerprint: str | None, whose: str) -> None:
+    """Refuse a tokenizer that is not the one that a store was made with; where one is not known, nothing is compared.
+
+    Args:
+        store: of sequences.
+        fingerprint: of the tokenizer, or None.
+        whose: how an error names it.
+
+    Raises:
+        MismatchError: it is another.
+    """
+    sequences = store.manifest.sequences
+    expected = None if sequences is None else sequences.tokenizer
+    if expected is not None and fingerprint is not None and fingerprint != expected:
+        raise MismatchError(
+            f"{whose}: expected the tokenizer that '{store.path}' was made with (fingerprint {expected[:12]}), got "
+            f"another ({fingerprint[:12]}): the same id is another token there; use a student and a corpus of that "
+            "tokenizer"
+        )
+
+
+def say_meeting(store: Store, hard_targets: NDArray[np.int32] | None, quiet: bool) -> Meeting:
     """Print how often the stored top-1 meets the hard target, and warn where that is hardly more than by chance."""
     meeting = meet_hard_targets(store, hard_targets)
     if not quiet:

@@ -28,11 +28,26 @@ def _options(*specs: tuple[str, Any, str]) -> Callable[[Callable[..., None]], Ca
     return add
 
 
+TOKEN_OPTIONS = (
+    (
+        "--tokenizer",
+        str,
+        "Of a corpus of text, and of the student: a tokenizers JSON file, a Hugging Face folder, or bytes.",
+    ),
+    ("--token-dtype", str, "Of the ids in a .bin, such as uint16."),
+    ("--boundaries", str, "Where documents begin among the tokens of --data: offsets, .npy."),
+    ("--separator", int, "The token that ends a document."),
+    ("--text-field", str, "Field of a JSONL line that holds its text.  [text]"),
+)
+
+
 @main.command()
 @click.option("--targets", required=True, help="Store of soft targets.")
-@click.option("--data", required=True, help="Corpus that the store was made from.")
+@click.option("--data", default=None, help="Corpus that the store was made from.  [the tokens that the store keeps]")
 @click.option(
-    "--student", required=True, help="mlp:784-800-800-10, cnn:3-32-64-10, timm:NAME or package.module:callable."
+    "--student",
+    required=True,
+    help="mlp:784-800-800-10, cnn:3-32-64-10, gpt:4x128, timm:NAME, hf:DIR or package.module:callable.",
 )
 @click.option("--out", required=True, help="Folder of the run; give the same one again to go on.")
 @_options(
@@ -41,7 +56,7 @@ def _options(*specs: tuple[str, Any, str]) -> Callable[[Callable[..., None]], Ca
     ("--batch-size", int, "Rows of a batch, over all ranks.  [128]"),
     ("--temperature", float, "Of the soft loss.  [the largest that the store declares]"),
     ("--alpha", float, "Weight of the soft targets, 1 - alpha that of the hard ones.  [0.9; 1 without hard targets]"),
-    ("--loss", str, "auto, kl, reverse-kl, jsd, mse; on top-k tail-bucket, reverse-kl, jsd.  [auto]"),
+    ("--loss", str, "auto, kl, reverse-kl, jsd, mse; on topk tail-bucket, reverse-kl, jsd; sampled-ce.  [auto]"),
     ("--lr", float, "Highest learning rate.  [0.001]"),
     ("--seed", int, "Of the first weights, the order of the rows and dropout.  [0]"),
     ("--optimizer", str, "adamw or sgd.  [adamw]"),
@@ -62,6 +77,7 @@ def _options(*specs: tuple[str, Any, str]) -> Callable[[Callable[..., None]], Ca
     ("--val-data", str, "Corpus to validate on after each epoch."),
     ("--val-labels", str, "Hard targets of --val-data, a file."),
     ("--val-targets", str, "Store made from --val-data by the same teacher: agreement, and the teacher's calibration."),
+    *TOKEN_OPTIONS,
     ("--readers", int, "Threads that read samples.  [one a core, at most 8]"),
 )
 @click.option("--compile", is_flag=True, default=None, help="Put the student through torch.compile.")
@@ -73,7 +89,8 @@ def fit(quiet: bool, **options: Any) -> None:
         from studenttrain.distributed import is_main_rank
         from studenttrain.train import fit as train_student
 
-        config = FitConfig(**{name: value for name, value in options.items() if value is not None})
+        given = {name: value for name, value in options.items() if value is not None}
+        config = FitConfig(**{"data": None, **given})
         result = train_student(config, quiet=quiet)
         if is_main_rank():
             click.echo(str(result))
@@ -81,9 +98,10 @@ def fit(quiet: bool, **options: Any) -> None:
 
 @main.command("eval")
 @click.option("--checkpoint", required=True, help="Folder of a run, a .safetensors file, or a checkpoint.")
-@click.option("--data", required=True, help="Corpus to try the student on.")
+@click.option("--data", default=None, help="Corpus to try the student on.  [the tokens that --targets keeps]")
 @_options(
     ("--targets", str, "Store made from that corpus: agreement with the teacher."),
+    *TOKEN_OPTIONS,
     ("--labels", str, "Hard targets of the corpus, a file.  [found beside it]"),
     ("--corpus-kind", str, f"{CORPUS_HELP}."),
     ("--array", str, "Array in the corpus, where it holds several."),

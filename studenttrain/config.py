@@ -14,6 +14,7 @@ from studenttrain.schedule import SCHEDULES, Schedule
 # The store, the corpora and the weights behind the paths are held to by their digests.
 FREE_ON_RESUME = (
     *("targets", "data", "corpus_kind", "labels", "array", "val_data", "val_labels", "val_targets", "init", "out"),
+    *("tokenizer", "token_dtype", "boundaries", "separator", "text_field"),
     *("device", "compile", "checkpoint_every", "readers"),
 )
 
@@ -24,7 +25,7 @@ class FitConfig:
 
     Attributes:
         targets: path of the store of soft targets.
-        data: path of the corpus that the store was made from.
+        data: path of the corpus that the store was made from; None takes the tokens that the store keeps.
         student: spec of the student, such as `mlp:784-800-800-10`.
         out: folder of the run.
         epochs: passes over the sealed rows; this or `steps`, not both.
@@ -58,13 +59,19 @@ class FitConfig:
         val_labels: hard targets of `val_data`, a file.
         val_targets: path of a store made from `val_data` by the same teacher: agreement, and the teacher's calibration.
         readers: threads that read samples, at least 1; None is one for each core, at most 8.
+        tokenizer: of the student: `bytes`, a `tokenizers` JSON file or a Hugging Face folder. It must be the one that
+            the store was made with; for a corpus of text it is needed.
+        token_dtype: type of the ids in a `.bin`.
+        boundaries: of `data`, `.npy` of the offsets at which documents begin.
+        separator: id of the token that ends a document.
+        text_field: field of a JSONL line that holds its text; None is `text`.
 
     Raises:
         ValueError: an option is out of range, contradicts another, or would be ignored.
     """
 
     targets: str
-    data: str
+    data: str | None
     student: str
     out: str
     epochs: int | None = None
@@ -95,6 +102,11 @@ class FitConfig:
     val_labels: str | None = None
     val_targets: str | None = None
     readers: int | None = None
+    tokenizer: str | None = None
+    token_dtype: str | None = None
+    boundaries: str | None = None
+    separator: int | None = None
+    text_field: str | None = None
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -105,12 +117,17 @@ class FitConfig:
             raise ValueError(f"momentum: expected the optimizer sgd, got {self.optimizer}; leave momentum out")
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps: expected fewer than the {self.steps} steps, got {self.warmup_steps}")
-        if self.val_data is None and (self.val_labels is not None or self.val_targets is not None):
-            raise ValueError("val_labels, val_targets: expected val_data beside them, got none; give the corpus too")
+        if self.val_data is None and self.val_labels is not None:
+            raise ValueError("val_labels: expected val_data beside them, got none; give the corpus too")
+        if self.data is None:
+            for name in ("corpus_kind", "labels", "array", "boundaries"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: expected --data beside it, got none; give the corpus, or leave this out")
         parse_interval(self.checkpoint_every)
 
     def _check_ranges(self) -> None:
-        for name in ("targets", "data", "student", "out", "init", "labels", "val_data", "val_labels", "val_targets"):
+        paths = ("targets", "data", "out", "init", "labels", "val_data", "val_labels", "val_targets", "boundaries")
+        for name in (*paths, "student", "tokenizer"):
             check_not_empty(name, getattr(self, name))
         counts = ("epochs", "steps", "batch_size", "accumulate", "readers")
         _check(self, counts, lambda value: value >= 1, "at least 1")

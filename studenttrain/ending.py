@@ -114,8 +114,7 @@ def end_run(
     if not world.is_main:
         return result
     student = copy.deepcopy(learner.result).cpu()
-    example = torch.zeros(1, *prepared.preprocess.shape)
-    reason = export_student(folder, student, prepared.card, example)
+    reason = export_student(folder, student, prepared.card)
     files, notes = [WEIGHTS, CARD], []
     if reason is None:
         files.append(PROGRAM)
@@ -150,7 +149,7 @@ def _report_data(
         learner.result, shown, corpus, prepared.preprocess, hard_targets, world.device, prepared.readers
     )
     teacher = None
-    if validation is not None and validation.store is not None and hard_targets is not None:
+    if validation is not None and validation.store is not None and hard_targets is not None:  # not of sequences
         teacher = evaluate_teacher(validation.store, hard_targets)
     looked_at = f"{format_count(inspection.figures.num_samples)} rows of the training corpus, spread over all"
     of_training = validation is None or validation.store is None

@@ -1,6 +1,6 @@
 """How well a student does on a corpus: top-1, agreement with the teacher, NLL and calibration error.
 
-Legend: N batch, C classes.
+Legend: N batch, C classes, R flat rows: N, or the positions of all sequences.
 """
 
 import contextlib
@@ -17,12 +17,14 @@ from storage.arrays import STATUS_OK
 from storage.corpus import Batch, Corpus, Preprocess, check_digests, read_batch
 from storage.errors import CorpusError
 from storage.reader import Store
+from studenttrain.answers import answers, sequence_targets
 from studenttrain.distributed import World
 from studenttrain.figures import REFUSED, SAMPLES, EvalFigures, Tally
 from studenttrain.precision import Precision, autocast
 from studenttrain.top1 import stored_top1
 
 DEFAULT_BATCH_SIZE = 512
+BATCH_POSITIONS = 8192  # of sequences together, whatever is asked for
 TEACHER_BYTES = 32 << 20  # of log-probabilities that are looked at together
 
 
@@ -32,6 +34,7 @@ def evaluate(
     preprocess: Preprocess,
     world: World,
     *,
+    num_classes: int | None = None,
     store: Store | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     precision: Precision = "fp32",
@@ -40,11 +43,14 @@ def evaluate(
 ) -> EvalFigures:
     """What a student does on all samples of a corpus, in one pass; each rank takes its share of the batches.
 
+    Of sequences every position counts as a sample whose hard target is the next token of its document.
+
     Args:
         model: the student, on the world's device; it is left in the mode that it came in.
         corpus: what it is tried on; figures against hard targets need its hard targets.
         preprocess: how a sample becomes the student's input.
         world: the ranks that evaluate together, each with the same arguments.
+        num_classes: of the student; what its logits have behind them is cut off. None keeps all.
         store: targets stored from this corpus, for the agreement with the teacher.
         batch_size: samples of one batch of a rank, at least 1.
         precision: of the student's forward pass.
@@ -57,6 +63,9 @@ def evaluate(
     """
     tally, was_training = Tally(), model.training
     hard_targets = None if corpus.hard_targets is None else torch.from_numpy(corpus.hard_targets.astype(np.int64))
+    is_tokens = corpus.sample_kind == "tokens"
+    if is_tokens:
+        batch_size = max(1, min(batch_size, BATCH_POSITIONS // preprocess.shape[1]))
     starts = range(world.rank * batch_size, corpus.num_samples, world.size * batch_size)
     batches = [np.arange(start, min(start + batch_size, corpus.num_samples)) for start in starts]
     model.eval()
@@ -71,22 +80,52 @@ def evaluate(
                     advance(len(rows_N))
                 if not good:
                     continue
+                inputs = torch.from_numpy(batch.inputs[good])
+                if is_tokens:
+                    known_R: Tensor | None = sequence_targets(inputs)
+                else:
+                    known_R = None if hard_targets is None else hard_targets[torch.from_numpy(rows_N[good])]
+                top1_R = None if teacher_top1_N is None else teacher_top1_N.view(len(rows_N), -1)[good].flatten()
                 with autocast(precision, world.device):
-                    logits_NC = model(torch.from_numpy(batch.inputs[good]).to(world.device))
-                known_N = None if hard_targets is None else hard_targets[torch.from_numpy(rows_N[good])]
-                if known_N is not None and int(known_N.max()) >= logits_NC.shape[1]:
-                    raise CorpusError(
-                        f"{corpus.path}: expected hard targets below the student's {logits_NC.shape[1]} classes, got "
-                        f"{int(known_N.max())}; give the corpus, or the labels, of these classes"
-                    )
-                tally.add(logits_NC, known_N, None if teacher_top1_N is None else teacher_top1_N[good])
+                    start = 0
+                    for logits_RC in answers(model, inputs.to(world.device), num_classes):
+                        part = slice(start, start + len(logits_RC))
+                        start = part.stop
+                        _check_known(known_R, logits_RC.shape[1], corpus)
+                        _count(tally, logits_RC, _part(known_R, part), _part(top1_R, part), is_tokens)
     finally:
         model.train(was_training)
     return tally.over(world).figures()
 
 
+def _check_known(known_R: Tensor | None, num_classes: int, corpus: Corpus) -> None:
+    """Refuse hard targets that are no classes of the student."""
+    if known_R is not None and int(known_R.max()) >= num_classes:
+        raise CorpusError(
+            f"{corpus.path}: expected hard targets below the student's {num_classes} classes, got "
+            f"{int(known_R.max())}; give the corpus, or the labels, of these classes"
+        )
+
+
+def _part(values_R: Tensor | None, part: slice) -> Tensor | None:
+    return None if values_R is None else values_R[part]
+
+
+def _count(tally: Tally, logits_RC: Tensor, known_R: Tensor | None, top1_R: Tensor | None, only_known: bool) -> None:
+    """Count some flat rows; of sequences only those whose target is in their document."""
+    if only_known:
+        assert known_R is not None
+        counted_R = known_R >= 0
+        logits_RC, known_R = logits_RC[counted_R.to(logits_RC.device)], known_R[counted_R]
+        top1_R = None if top1_R is None else top1_R[counted_R]
+    tally.add(logits_RC, known_R, top1_R)
+
+
 def evaluate_teacher(store: Store, hard_targets: NDArray[np.int32]) -> EvalFigures | None:
     """What the stored targets themselves do against hard targets at T = 1; None where T = 1 is not exact in the store.
+
+    None too for draws, which are no distribution to be held against a target, and for hidden states, whose logits would
+    all have to be computed again.
 
     Args:
         store: its sealed rows are read.
@@ -94,7 +133,7 @@ def evaluate_teacher(store: Store, hard_targets: NDArray[np.int32]) -> EvalFigur
     """
     manifest, tally = store.manifest, Tally()
     exact = manifest.encoding.exact_temperatures(manifest.temperatures)
-    if exact is not None and 1.0 not in exact:
+    if (exact is not None and 1.0 not in exact) or manifest.encoding.name not in ("dense", "topk"):
         return None
     names = [spec.name for spec in manifest.arrays if spec.name not in ("sample_digest", "hard_target", "entropy")]
     step = max(1, TEACHER_BYTES // (8 * manifest.num_classes))

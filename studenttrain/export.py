@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from storage.backends.files import clear_os_errors
 from storage.errors import StudentError
 from studenttrain.checkpoint import CHECKPOINT, load_checkpoint, write_durably
+from studenttrain.language import takes_position_ids
 from studenttrain.models import build_model
 
 WEIGHTS = "student.safetensors"
@@ -35,6 +36,7 @@ class StudentCard:
         class_names: names in class order, or None where they are not known.
         preprocess: how a sample becomes its input, as in the store's manifest.
         store: `digest` of what the store's manifest says, and the `content_digest` where it was finalized.
+        sequences: of a language model, what the store says of its sequences: positions and tokenizer; else None.
     """
 
     student: str
@@ -43,6 +45,7 @@ class StudentCard:
     class_names: tuple[str, ...] | None
     preprocess: Mapping[str, Any]
     store: Mapping[str, Any]
+    sequences: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The card as a JSON object."""
@@ -60,17 +63,37 @@ class StudentCard:
             class_names=None if names is None else tuple(names),
             preprocess=value["preprocess"],
             store=value["store"],
+            sequences=value.get("sequences"),
         )
 
 
-def export_student(folder: Path, model: nn.Module, card: StudentCard, example: Tensor) -> str | None:
+def build_carded(card: StudentCard) -> nn.Module:
+    """The model of a card, with random weights.
+
+    Raises:
+        StudentError: it can't be built.
+    """
+    if card.sequences is None:
+        return build_model(card.student, card.num_classes, card.input_shape)
+    return build_model(card.student, card.num_classes, num_positions=card.sequences["num_positions"])
+
+
+def example_inputs(card: StudentCard, model: nn.Module) -> tuple[Tensor, ...]:
+    """Inputs of zeros, of one sample: of a language model token ids (1, P), and position ids where it takes them."""
+    if card.sequences is None:
+        return (torch.zeros(1, *card.input_shape),)
+    token_ids_NP = torch.zeros(1, card.sequences["num_positions"], dtype=torch.int64)
+    positions = torch.arange(token_ids_NP.shape[1])[None]
+    return (token_ids_NP, positions) if takes_position_ids(model) else (token_ids_NP,)
+
+
+def export_student(folder: Path, model: nn.Module, card: StudentCard) -> str | None:
     """Write `student.safetensors`, `student.json` and `student.pt2` into a folder.
 
     Args:
         folder: the run's folder.
         model: the student, on the CPU; it is left in evaluation mode.
-        card: what it is.
-        example: one input, float32 (1, ...), which the program is traced with; its batch stays free.
+        card: what it is; the program is traced with zeros, and its batch stays free.
 
     Returns:
         Why there is no program, in one line, or None: a model that `torch.export` can't trace still has its weights.
@@ -79,9 +102,10 @@ def export_student(folder: Path, model: nn.Module, card: StudentCard, example: T
     save_weights(folder / WEIGHTS, model)
     write_durably(folder / CARD, lambda file: file.write((json.dumps(card.to_json(), indent=2) + "\n").encode()))
     batch = torch.export.Dim("batch", min=1)
-    inputs = example.repeat(2, *[1] * (example.ndim - 1))  # a batch of one would be traced as a constant
+    # a batch of one would be traced as a constant
+    inputs = tuple(value.repeat(2, *[1] * (value.ndim - 1)) for value in example_inputs(card, model))
     try:
-        program = torch.export.export(model, (inputs,), dynamic_shapes=({0: batch},))
+        program = torch.export.export(model, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
     except Exception as error:  # noqa: BLE001 - tracing runs the model's own code, which may raise anything
         (folder / PROGRAM).unlink(missing_ok=True)
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -156,12 +180,12 @@ def load_student(path: Path) -> tuple[nn.Module, StudentCard]:
             path = path / (WEIGHTS if (path / WEIGHTS).is_file() else CHECKPOINT)
     if path.suffix == ".safetensors":
         card = load_card(path.with_name(CARD))
-        model = build_model(card.student, card.num_classes, card.input_shape)
+        model = build_carded(card)
         load_weights(path, model)
     else:
         checkpoint = load_checkpoint(path)
         card = StudentCard.from_json(checkpoint["card"])
-        model = build_model(card.student, card.num_classes, card.input_shape)
+        model = build_carded(card)
         load_state(path, model, checkpoint["ema"] or checkpoint["model"])
     return model.eval(), card
 

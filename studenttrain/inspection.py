@@ -1,6 +1,6 @@
 """A closer look at some rows of a store, for the report: what teacher and student say of them, with their pictures.
 
-Legend: N rows, C classes, T temperatures, B buckets of classes.
+Legend: N rows, P positions, R flat rows: N, or N * P, C classes, T temperatures, B buckets of classes, K stored ones.
 """
 
 import io
@@ -15,14 +15,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from storage.arrays import STATUS_OK, Array
-from storage.corpus import Corpus, Preprocess, SampleError, read_batch
+from storage.corpus import Corpus, Preprocess, SampleError, load_tokenizer, read_batch
+from storage.encodings import Hidden
 from storage.reader import Store
+from storage.sequences import flatten_positions
+from studenttrain.answers import answers, sequence_targets
 from studenttrain.figures import EvalFigures, Tally
 from studenttrain.loss import target_arrays
 from studenttrain.top1 import stored_top1
 
 TEMPERATURES = (1.0, 2.0, 5.0, 10.0, 20.0)
-MAX_ROWS = 2000  # that are looked at; they stand for the rest within a point or so
+MAX_ROWS = 2000  # flat ones that are looked at; they stand for the rest within a point or so
+MAX_VALUES = 1 << 27  # of their logits
+CONTEXT_TOKENS = 24  # that are shown before a position
+BYTE_VALUES = 256
 NUM_VIEWS = 6
 MAX_BUCKETS = 10
 PICTURE_SIDE = 112
@@ -35,9 +41,10 @@ class SampleView:
     Attributes:
         row: in the store.
         key: of the sample.
-        hard_target: name of its true class, or None.
+        hard_target: name of its true class, or next token, or None.
         entropy: of the teacher at T = 1, nats.
         picture: PNG, or None where the sample is not an image.
+        context: the tokens up to a position of a sequence; None of other samples.
         temperatures: exact in the store.
         labels: of the buckets: a class each, the last one maybe `rest`.
         teacher_TB: probabilities as stored.
@@ -49,6 +56,7 @@ class SampleView:
     hard_target: str | None
     entropy: float
     picture: bytes | None
+    context: str | None
     temperatures: tuple[float, ...]
     labels: tuple[str, ...]
     teacher_TB: NDArray[np.float64]  # noqa: N815
@@ -88,11 +96,15 @@ def inspect(
         device: that the student is on.
         readers: threads that read samples, at least 1.
     """
-    tally, rows, entropies, logits = Tally(), [], [], []
+    manifest, tally = store.manifest, Tally()
+    places: list[_Place] = []
+    logits: list[Tensor] = []
+    num_positions = 1 if manifest.sequences is None else manifest.sequences.num_positions
+    most = max(1, min(MAX_ROWS, MAX_VALUES // manifest.num_classes) // num_positions)
     was_training = model.training
     model.eval()
     with torch.inference_mode(), ThreadPoolExecutor(readers) as pool:
-        for start, stop in spread_pieces(store, MAX_ROWS):
+        for start, stop in spread_pieces(store, most):
             batch = read_batch(corpus, np.arange(start, stop), preprocess, pool)
             arrays = store.read(["status", "entropy"], start, stop)
             refused = np.zeros(stop - start, bool)
@@ -100,19 +112,49 @@ def inspect(
             good = np.flatnonzero((arrays["status"] == STATUS_OK) & ~refused)
             if not len(good):
                 continue
-            logits_NC = model(torch.from_numpy(batch.inputs[good]).to(device)).float().cpu()
-            hard_N = None if hard_targets is None else torch.from_numpy(hard_targets[start:stop][good].astype(np.int64))
-            tally.add(logits_NC, hard_N, torch.from_numpy(stored_top1(store, start, stop)[good]))
-            rows += (start + good).tolist()
-            entropies += arrays["entropy"][good].astype(float).tolist()
-            logits.append(logits_NC)
+            inputs = torch.from_numpy(batch.inputs[good])
+            logits_RC = torch.cat(list(answers(model, inputs.to(device), manifest.num_classes))).float().cpu()
+            entropy_R = arrays["entropy"][good].astype(float).reshape(-1)
+            top1_R = torch.from_numpy(stored_top1(store, start, stop).reshape(stop - start, -1)[good].reshape(-1))
+            hard_R = None
+            if manifest.sequences is not None:
+                hard_R = sequence_targets(inputs)
+            elif hard_targets is not None:
+                hard_R = torch.from_numpy(hard_targets[start:stop][good].astype(np.int64))
+            shown = np.arange(len(logits_RC))
+            if manifest.sequences is not None and hard_R is not None:
+                shown = np.flatnonzero(hard_R.numpy() >= 0)  # the others have no target in their document
+                logits_RC, hard_R, top1_R = logits_RC[shown], hard_R[shown], top1_R[shown]
+            tally.add(logits_RC, hard_R, top1_R)
+            known = [None] * len(shown) if hard_R is None else [it if it >= 0 else None for it in hard_R.tolist()]
+            for flat, hard in zip(shown.tolist(), known, strict=True):
+                row, position = divmod(flat, num_positions)
+                places.append(_Place(start + int(good[row]), position, float(entropy_R[flat]), hard))
+            logits.append(logits_RC)
     model.train(was_training)
-    if not rows:
+    if not places:
         return Inspection(tally.figures(), ())
-    logits_NC = torch.cat(logits)
-    chosen = choose_views(entropies, NUM_VIEWS)
-    views = [_view(store, corpus, hard_targets, rows[index], entropies[index], logits_NC[index]) for index in chosen]
+    logits_RC = torch.cat(logits)
+    chosen = choose_views([place.entropy for place in places], NUM_VIEWS)
+    views = [_view(store, corpus, places[index], logits_RC[index]) for index in chosen]
     return Inspection(tally.figures(), tuple(views))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A flat row: of a sample, or of one position of a sequence.
+
+    Attributes:
+        row: in the store.
+        position: in the sequence; 0 of other samples.
+        entropy: of the teacher at T = 1, nats.
+        hard_target: its true class, or next token, or None.
+    """
+
+    row: int
+    position: int
+    entropy: float
+    hard_target: int | None
 
 
 def spread_pieces(store: Store, most: int, num_pieces: int = 25) -> list[tuple[int, int]]:
@@ -140,37 +182,33 @@ def choose_views(entropies: Sequence[float], count: int) -> list[int]:
     return unsure + sorted({others[int(place)] for place in places})
 
 
-def _view(
-    store: Store,
-    corpus: Corpus,
-    hard_targets: NDArray[np.int32] | None,
-    row: int,
-    entropy: float,
-    logits_C: Tensor,
-) -> SampleView:
-    manifest = store.manifest
+def _view(store: Store, corpus: Corpus, place: _Place, logits_C: Tensor) -> SampleView:
+    manifest, row = store.manifest, place.row
     temperatures = manifest.encoding.exact_temperatures(manifest.temperatures) or TEMPERATURES
-    names = [*target_arrays(manifest)]
-    arrays = store.read(names, row, row + 1)
-    classes = _bucket_classes(arrays, manifest.num_classes)
+    arrays = flatten_positions(manifest.sequences, store.read([*target_arrays(manifest)], row, row + 1))
+    arrays = {name: values[place.position : place.position + 1] for name, values in arrays.items()}
+    said = [_stored_probs(store, arrays, temperature) for temperature in temperatures]
+    classes = _bucket_classes(*said[0], manifest.num_classes)
     teacher, student = [], []
-    for temperature in temperatures:
-        said_B = np.exp(manifest.encoding.logprobs(arrays, temperature, manifest.temperatures)[0].astype(np.float64))
-        kept_B = said_B[: len(classes)] if "ids" in arrays else said_B[classes]
-        teacher.append(_with_rest(kept_B, manifest.num_classes))
+    for temperature, (ids_K, probs_K) in zip(temperatures, said, strict=True):
+        found = dict(zip(ids_K.tolist(), probs_K.tolist(), strict=True))
+        teacher.append(_with_rest(np.array([found.get(index, 0.0) for index in classes]), manifest.num_classes))
         probs_C = (logits_C.double() / temperature).softmax(0).numpy()
         student.append(_with_rest(probs_C[classes], manifest.num_classes))
-    labels = [_class_name(manifest.class_names, index) for index in classes]
+    name = _class_name
+    key, context = corpus.key(row), None
+    if manifest.sequences is not None:
+        name = _token_name if _is_bytes(manifest.sequences.tokenizer) else _class_name
+        key, context = f"{key}, position {place.position}", _context(corpus, place, name is _token_name)
+    labels = [name(manifest.class_names, index) for index in classes]
     labels += ["rest"] * (len(classes) < manifest.num_classes)
-    known = hard_targets is not None and hard_targets[row] >= 0
     return SampleView(
         row=row,
-        key=corpus.key(row),
-        hard_target=_class_name(manifest.class_names, int(hard_targets[row]))
-        if known and hard_targets is not None
-        else None,
-        entropy=entropy,
-        picture=picture_of(corpus, row),
+        key=key,
+        hard_target=None if place.hard_target is None else name(manifest.class_names, place.hard_target),
+        entropy=place.entropy,
+        picture=picture_of(corpus, row) if context is None else None,
+        context=context,
         temperatures=tuple(temperatures),
         labels=tuple(labels),
         teacher_TB=np.stack(teacher),
@@ -178,16 +216,41 @@ def _view(
     )
 
 
-def _bucket_classes(arrays: dict[str, Array], num_classes: int) -> list[int]:
-    """The classes that get a bar: all in order where they are few, else those that the teacher likes best."""
+def _stored_probs(store: Store, arrays: dict[str, Array], temperature: float) -> tuple[Array, NDArray[np.float64]]:
+    """Classes and their stored probabilities of one flat row; what is left over belongs to the others."""
+    manifest, encoding = store.manifest, store.manifest.encoding
+    if isinstance(encoding, Hidden):
+        logprobs_C = encoding.logprobs(arrays, temperature, manifest.temperatures, store.head())[0]
+        return np.arange(manifest.num_classes), np.exp(logprobs_C.astype(np.float64))
+    probs_B = np.exp(encoding.logprobs(arrays, temperature, manifest.temperatures)[0].astype(np.float64))
+    if "counts" in arrays:
+        drawn = np.flatnonzero(arrays["counts"][0])
+        return arrays["ids"][0][drawn], probs_B[drawn]
     if "ids" in arrays:
-        kept: list[int] = arrays["ids"][0].astype(np.int64).tolist()
-        return kept if len(kept) == num_classes <= MAX_BUCKETS else kept[: MAX_BUCKETS - 1]
-    if num_classes <= MAX_BUCKETS:
-        return list(range(num_classes))
-    values_C = arrays["values"][0].astype(np.float32) * (-1.0 if arrays["values"].dtype == np.uint8 else 1.0)
-    best: list[int] = np.argsort(-values_C, kind="stable")[: MAX_BUCKETS - 1].tolist()
+        return arrays["ids"][0], probs_B[:-1]
+    return np.arange(manifest.num_classes), probs_B
+
+
+def _bucket_classes(ids_K: Array, probs_K: NDArray[np.float64], num_classes: int) -> list[int]:
+    """The classes that get a bar: all in order where they are few and known, else those that the teacher likes best."""
+    if len(ids_K) == num_classes <= MAX_BUCKETS:
+        return sorted(ids_K.tolist())
+    best: list[int] = ids_K[np.argsort(-probs_K, kind="stable")][: MAX_BUCKETS - 1].tolist()
     return best
+
+
+def _is_bytes(tokenizer: str | None) -> bool:
+    return tokenizer is not None and tokenizer == load_tokenizer("bytes").fingerprint
+
+
+def _context(corpus: Corpus, place: _Place, is_bytes: bool) -> str:
+    """The last tokens up to a position, of its document: as text where they are bytes, else as ids."""
+    tokens, positions = corpus.decode(corpus.read_raw(place.row))
+    first = max(place.position - min(int(positions[place.position]), CONTEXT_TOKENS - 1), 0)
+    shown = tokens[first : place.position + 1].tolist()
+    if is_bytes and max(shown) < BYTE_VALUES:
+        return bytes(shown).decode("utf-8", "replace")
+    return " ".join(map(str, shown))
 
 
 def _with_rest(probs_B: NDArray[np.float64], num_classes: int) -> NDArray[np.float64]:
@@ -200,6 +263,12 @@ def _with_rest(probs_B: NDArray[np.float64], num_classes: int) -> NDArray[np.flo
 def _class_name(names: tuple[str, ...] | None, index: int) -> str:
     name = str(index) if names is None else names[index]
     return name if len(name) <= 14 else name[:13] + "…"
+
+
+def _token_name(names: tuple[str, ...] | None, index: int) -> str:
+    """A byte as what it prints as."""
+    del names
+    return repr(chr(index))[1:-1].replace(" ", "space") if index < BYTE_VALUES // 2 else f"0x{index:02x}"
 
 
 def picture_of(corpus: Corpus, row: int) -> bytes | None:

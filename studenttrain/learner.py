@@ -15,6 +15,7 @@ from studenttrain.checkpoint import Checkpoint
 from studenttrain.config import FitConfig
 from studenttrain.distributed import World
 from studenttrain.export import load_state
+from studenttrain.language import sequence_logits
 from studenttrain.optim import build_ema, build_optimizer
 from studenttrain.precision import build_scaler
 
@@ -32,7 +33,10 @@ class Learner:
         scaler: of the loss, where the precision is fp16.
         ema: the averaged weights, or None.
         step: optimizer steps done.
-        num_rows_seen: rows that the student has learned from, over all ranks, a row counted as often as it came.
+        num_rows_seen: rows that the student has learned from, over all ranks, a row counted as often as it came; of
+            sequences their positions.
+        device: of the student.
+        num_classes: of the targets: what the student's logits have behind them only pads its vocabulary; None: nothing.
     """
 
     student: nn.Module
@@ -43,6 +47,7 @@ class Learner:
     step: int = 0
     num_rows_seen: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    num_classes: int | None = None
 
     @property
     def result(self) -> nn.Module:
@@ -65,12 +70,13 @@ class Learner:
         averages of normalisation layers as they are.
 
         Args:
-            inputs: of shape (0, ...).
+            inputs: of shape (0, ...), or token ids (0, P).
         """
         self.trained.eval()
-        logits_NC: Tensor = self.trained(inputs.new_zeros(1, *inputs.shape[1:]))
+        zeros = inputs.new_zeros(1, *inputs.shape[1:])
+        logits = self.trained(zeros) if zeros.dtype.is_floating_point else sequence_logits(self.trained, zeros[:, :1])
         self.trained.train()
-        return 0.0 * logits_NC.float().sum()
+        return 0.0 * logits.float().sum()
 
     def state(self, world: World) -> Checkpoint:
         """What `restore` takes back. Every rank calls it, and only the first one's is whole."""
@@ -113,7 +119,7 @@ class Learner:
             torch.cuda.set_rng_state(checkpoint["random_cuda"][world.rank], self.device)
 
 
-def build_learner(student: nn.Module, config: FitConfig, world: World) -> Learner:
+def build_learner(student: nn.Module, config: FitConfig, world: World, num_classes: int | None = None) -> Learner:
     """A student at the first step, on the world's device, its random numbers seeded for this rank."""
     student.to(world.device).train()
     momentum = DEFAULT_MOMENTUM if config.momentum is None else config.momentum
@@ -130,6 +136,7 @@ def build_learner(student: nn.Module, config: FitConfig, world: World) -> Learne
         scaler=build_scaler(config.precision, world.device),
         ema=ema,
         device=world.device,
+        num_classes=num_classes,
     )
 
 

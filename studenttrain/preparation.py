@@ -5,7 +5,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from storage.console import progress
-from storage.corpus import Corpus, Preprocess, check_preprocess, open_corpus, verify_corpus, verify_hard_targets
+from storage.corpus import (
+    Corpus,
+    Preprocess,
+    SequenceOptions,
+    TokenCorpus,
+    check_preprocess,
+    load_tokenizer,
+    open_corpus,
+    verify_corpus,
+    verify_hard_targets,
+)
+from storage.corpus.stored import StoredTokens
 from storage.errors import CorpusError, MismatchError, PathError, StudentError
 from storage.reader import Store
 from studenttrain.checkpoint import CHECKPOINT
@@ -23,6 +34,7 @@ from studenttrain.checks import (
     check_hard_targets,
     check_row_count,
     check_same_classes,
+    check_tokenizer,
     choose_objective,
     open_targets,
     say_meeting,
@@ -58,7 +70,7 @@ class Prepared:
 
     Attributes:
         store: the soft targets.
-        corpus: the samples that they belong to.
+        corpus: the samples that they belong to; the store's own tokens, where no other is given.
         preprocess: how a sample becomes the student's input, as the store says.
         hard_targets: int32 (num_rows,), -1 where unknown, of the corpus or else the store; None where none has any.
         objective: what is minimised.
@@ -75,6 +87,11 @@ class Prepared:
     validation: Validation | None
     card: StudentCard
     readers: int
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether the rows are sequences, whose hard targets are their own next tokens."""
+        return self.store.manifest.sequences is not None
 
     @property
     def own_hard_targets(self) -> NDArray[np.int32] | None:
@@ -94,23 +111,26 @@ def prepare(config: FitConfig, store: Store, stack: contextlib.ExitStack) -> Pre
         StoreError: something does not fit.
         ValueError: options that contradict each other, or that would be ignored.
     """
-    corpus = open_corpus(config.data, config.corpus_kind, config.labels, config.array)
+    sequence = sequence_options(config, store)
+    corpus = _open_data(config, store, sequence)
     preprocess = stored_preprocess(store)
     check_preprocess(preprocess, corpus)
+    _check_tokenizers(config, store, corpus)
     check_class_names(
         f"corpus '{config.data}'", corpus.class_names, store.manifest.class_names, f"store '{store.path}'"
     )
     hard_targets = check_hard_targets(corpus, store.manifest.num_classes)
     if hard_targets is None and store.manifest.has_hard_targets:
         hard_targets = stored_hard_targets(store)
-    objective = choose_objective(config, store.manifest, hard_targets is not None and bool((hard_targets >= 0).any()))
+    has_hard_targets = hard_targets is not None and bool((hard_targets >= 0).any())
+    objective = choose_objective(config, store.manifest, has_hard_targets or store.manifest.sequences is not None)
     return Prepared(
         store=store,
         corpus=corpus,
         preprocess=preprocess,
         hard_targets=hard_targets,
         objective=objective,
-        validation=_open_validation(config, store, preprocess, stack),
+        validation=_open_validation(config, store, preprocess, sequence, stack),
         card=StudentCard(
             student=config.student,
             input_shape=preprocess.shape,
@@ -118,9 +138,58 @@ def prepare(config: FitConfig, store: Store, stack: contextlib.ExitStack) -> Pre
             class_names=store.manifest.class_names,
             preprocess=dict(store.manifest.preprocess),
             store=store_identity(store),
+            sequences=None if store.manifest.sequences is None else store.manifest.sequences.to_json(),
         ),
         readers=config.readers or default_readers(),
     )
+
+
+def sequence_options(config: FitConfig, store: Store) -> SequenceOptions | None:
+    """How a corpus of tokens or text is read for a store of sequences; None for other stores.
+
+    Raises:
+        ValueError: an option of sequences beside a store without.
+    """
+    sequences = store.manifest.sequences
+    if sequences is not None:
+        return SequenceOptions(
+            length=sequences.num_positions,
+            tokenizer=config.tokenizer,
+            dtype=config.token_dtype,
+            boundaries=config.boundaries,
+            separator=config.separator,
+            text_field=config.text_field,
+            vocab_size=None if config.tokenizer is not None else store.manifest.num_classes,
+        )
+    for name in ("tokenizer", "token_dtype", "boundaries", "separator", "text_field"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name}: expected a store of sequences, got '{store.path}', which has none; leave it out")
+    return None
+
+
+def _open_data(config: FitConfig, store: Store, sequence: SequenceOptions | None) -> Corpus:
+    """The corpus that is named, or the tokens that the store keeps."""
+    if config.data is not None:
+        return open_corpus(config.data, config.corpus_kind, config.labels, config.array, sequence)
+    if sequence is None:
+        raise ValueError("data: expected the corpus that the store was made from, got none; give it: --data")
+    for name in ("token_dtype", "separator", "text_field"):
+        if getattr(config, name) is not None and config.val_data is None:
+            raise ValueError(f"{name}: expected --data or --val-data beside it, got neither; leave it out")
+    return StoredTokens(store)
+
+
+def _check_tokenizers(config: FitConfig, store: Store, corpus: Corpus) -> None:
+    """Refuse a corpus or a student of another tokenizer than the store's."""
+    if store.manifest.sequences is None:
+        return
+    if isinstance(corpus, TokenCorpus) and corpus.tokenizer is not None:
+        check_tokenizer(store, corpus.tokenizer.fingerprint, f"corpus '{config.data}'")
+    if config.tokenizer is not None:
+        check_tokenizer(store, load_tokenizer(config.tokenizer).fingerprint, f"tokenizer '{config.tokenizer}'")
+    folder = config.student.removeprefix("hf:")
+    if folder != config.student and (Path(folder) / "tokenizer.json").is_file():
+        check_tokenizer(store, load_tokenizer(folder).fingerprint, f"student '{config.student}'")
 
 
 def default_readers() -> int:
@@ -170,31 +239,54 @@ def stored_hard_targets(store: Store) -> NDArray[np.int32]:
 
 
 def _open_validation(
-    config: FitConfig, store: Store, preprocess: Preprocess, stack: contextlib.ExitStack
+    config: FitConfig,
+    store: Store,
+    preprocess: Preprocess,
+    sequence: SequenceOptions | None,
+    stack: contextlib.ExitStack,
 ) -> Validation | None:
     if config.val_data is None:
-        return None
-    corpus = open_corpus(config.val_data, None, config.val_labels)
+        return None if config.val_targets is None else _stored_validation(config.val_targets, store, preprocess, stack)
+    of_validation = None if sequence is None else replace(sequence, boundaries=None)
+    corpus = open_corpus(config.val_data, None, config.val_labels, None, of_validation)
     check_student_input(preprocess, corpus, "--val-data")
     names, whose = store.manifest.class_names, f"store '{store.path}'"
     check_class_names(f"corpus '{config.val_data}'", corpus.class_names, names, whose)
     hard_targets = check_hard_targets(corpus, store.manifest.num_classes)
     if config.val_targets is None:
-        if hard_targets is None:
+        if hard_targets is None and sequence is None:
             raise CorpusError(
                 f"corpus '{config.val_data}': expected hard targets to validate on, got none; give --val-labels, or "
                 "--val-targets"
             )
         return Validation(corpus, None)
-    val_store = stack.enter_context(open_targets(config.val_targets))
-    check_same_classes(val_store, store.manifest.num_classes, names, whose)
+    val_store = _open_val_targets(config.val_targets, store, stack)
     check_row_count(val_store, corpus)
+    return Validation(corpus, val_store)
+
+
+def _stored_validation(path: str, store: Store, preprocess: Preprocess, stack: contextlib.ExitStack) -> Validation:
+    """Validation on the tokens that a store keeps."""
+    if store.manifest.sequences is None:
+        raise ValueError("val_targets: expected val_data beside them, got none; give the corpus too")
+    val_store = _open_val_targets(path, store, stack)
+    corpus = StoredTokens(val_store)
+    check_student_input(preprocess, corpus, "--val-targets")
+    return Validation(corpus, val_store)
+
+
+def _open_val_targets(path: str, store: Store, stack: contextlib.ExitStack) -> Store:
+    """A store for validation, of the same classes, or tokens, and the same teacher."""
+    val_store = stack.enter_context(open_targets(path))
+    check_same_classes(val_store, store.manifest.num_classes, store.manifest.class_names, f"store '{store.path}'")
+    of_validation = val_store.manifest.sequences
+    check_tokenizer(store, None if of_validation is None else of_validation.tokenizer, f"store '{path}'")
     if val_store.manifest.teacher.get("digest") != store.manifest.teacher.get("digest"):
         raise MismatchError(
-            f"store '{config.val_targets}': expected targets of the teacher that made '{store.path}', got another's; "
+            f"store '{path}': expected targets of the teacher that made '{store.path}', got another's; "
             "dump the validation corpus with the same teacher"
         )
-    return Validation(corpus, val_store)
+    return val_store
 
 
 def look_at_data(prepared: Prepared, quiet: bool) -> None:
@@ -210,7 +302,8 @@ def look_at_data(prepared: Prepared, quiet: bool) -> None:
     ):
         verify_corpus(store, corpus, bar, pool)
     verify_hard_targets(store, corpus)
-    if prepared.hard_targets is not None:
+    sequences = store.manifest.sequences
+    if prepared.hard_targets is not None or (sequences is not None and sequences.has_tokens):
         say_meeting(store, prepared.hard_targets, quiet)
 
 
@@ -227,7 +320,11 @@ def build_student(config: FitConfig, store: Store, input_shape: tuple[int, ...],
         StudentError: it can't be built, does not fit the store, or the weights are not its own.
         MismatchError: the weights are of other classes.
     """
-    student = build_model(config.student, store.manifest.num_classes, input_shape)
+    sequences, num_classes = store.manifest.sequences, store.manifest.num_classes
+    if sequences is None:
+        student = build_model(config.student, num_classes, input_shape)
+    else:
+        student = build_model(config.student, num_classes, num_positions=sequences.num_positions)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise StudentError(f"student '{config.student}': expected weights that learn, got none; give another student")
     if config.init is None or not (begins or Path(config.init).exists()):

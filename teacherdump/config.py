@@ -1,16 +1,17 @@
 """What a run of `teacherdump` is asked to do: one frozen value, checked when it is built. No torch here."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from storage.encodings import Dense, Encoding, TopK
+from storage.corpus.sequences import SequenceOptions
+from storage.encodings import Dense, Encoding, Hidden, Sample, TopK
 from storage.encodings.values import ValueType
 from storage.manifest import Compressor
 
 Combine = Literal["mean-probs", "mean-logits"]
 Precision = Literal["fp32", "bf16", "fp16"]
-EncodingName = Literal["dense", "topk"]
+EncodingName = Literal["dense", "topk", "sample", "hidden"]
 Resize = Literal["shorter", "stretch"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 
@@ -18,6 +19,7 @@ COMBINES: tuple[str, ...] = get_args(Combine)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENCODINGS: tuple[str, ...] = get_args(EncodingName)
 DEFAULT_TEMPERATURES = (1.0, 2.0, 4.0)
+DEFAULT_TEMPERATURES_OF_TOKENS = (1.0,)  # of sequences, and of draws, which are taken at one
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,14 @@ class DumpConfig:
         arch: what weights belong to, such as `mlp:784-1200-1200-10`; None for a file that says it itself.
         combine: how an ensemble's members become one teacher: `mean-probs` (arithmetic, the default) or `mean-logits`
             (geometric); None for one model.
-        encoding: `dense` or `topk`.
+        encoding: `dense`, `topk`, `sample` or `hidden`.
         k: kept entries of a row, at least 1; with `topk` only.
-        temperatures: declared temperatures, above 0, each once; kept ascending.
-        values: how a logit is stored: `float16`, `float32` or `uint8`.
+        draws: of a row, 1 to 255; with `sample` only.
+        seed: of the draws, from 0 to 2^64 - 1; with `sample` only, None is 0.
+        temperatures: declared temperatures, above 0, each once; kept ascending. None are 1, 2 and 4, and 1 alone for
+            sequences and for `sample`, which takes one.
+        values: how a logit, or with `hidden` a hidden state, is stored: `float16` (the default), `float32` or `uint8`;
+            not with `sample`.
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
         precision: of matrix products and convolutions: `fp32`, `bf16` or `fp16` (CUDA only).
         batch_size: rows of one forward pass, at least 1; None chooses it, or takes what the store was begun with.
@@ -58,6 +64,16 @@ class DumpConfig:
         compressor: `none` or `zstd`; None is zstd for topk and none for dense.
         readers: threads that read samples, at least 1; None is one for each core, at most 8.
         trust_pickle: whether a file may run code while it is loaded.
+        sequence_length: positions of a sequence, of a corpus of tokens or text; None for other corpora.
+        tokenizer: `bytes`, a `tokenizers` JSON file or a Hugging Face folder: makes tokens of text, and names those of
+            a corpus of tokens.
+        token_dtype: type of the ids in a `.bin`.
+        boundaries: `.npy` of the offsets at which documents begin.
+        separator: id of the token that ends a document.
+        text_field: field of a JSONL line that holds its text; None is `text`.
+        vocab_size: entries of the vocabulary, where no tokenizer says it; what the teacher's output has behind them is
+            cut off.
+        store_tokens: whether the tokens are kept beside the targets, so that a student needs no corpus.
 
     Raises:
         ValueError: an option is out of range, contradicts another, or would be ignored.
@@ -70,8 +86,10 @@ class DumpConfig:
     combine: Combine | None = None
     encoding: EncodingName = "dense"
     k: int | None = None
-    temperatures: tuple[float, ...] = DEFAULT_TEMPERATURES
-    values: ValueType = "float16"
+    draws: int | None = None
+    seed: int | None = None
+    temperatures: tuple[float, ...] = ()
+    values: ValueType | None = None
     device: str = "auto"
     precision: Precision = "fp32"
     batch_size: int | None = None
@@ -95,6 +113,14 @@ class DumpConfig:
     compressor: Compressor | None = None
     readers: int | None = None
     trust_pickle: bool = False
+    sequence_length: int | None = None
+    tokenizer: str | None = None
+    token_dtype: str | None = None
+    boundaries: str | None = None
+    separator: int | None = None
+    text_field: str | None = None
+    vocab_size: int | None = None
+    store_tokens: bool = True
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -110,16 +136,64 @@ class DumpConfig:
             raise ValueError(
                 f"combine: expected several models, got one with {self.combine}; leave --combine out, or repeat --model"
             )
+        self._check_encoding()
+        self._check_sequences()
+        given = self.temperatures or self._default_temperatures()
+        object.__setattr__(self, "temperatures", tuple(sorted({float(value) for value in given})))
+        if any(not 0 < value < math.inf for value in self.temperatures):
+            raise ValueError(f"temperatures: expected numbers above 0, got {list(self.temperatures)}")
+        encoding = self.build_encoding(Hidden(1))
+        if isinstance(encoding, Sample):
+            encoding.check(1, self.temperatures)
+
+    def _default_temperatures(self) -> tuple[float, ...]:
+        is_one = self.encoding == "sample" or self.sequence_length is not None
+        return DEFAULT_TEMPERATURES_OF_TOKENS if is_one else DEFAULT_TEMPERATURES
+
+    def _check_encoding(self) -> None:
+        """What each encoding needs, and what it would ignore."""
         if self.encoding == "topk" and self.k is None:
             raise ValueError("k: expected how many entries topk keeps, got none; give --k N")
-        if self.encoding != "topk" and self.k is not None:
-            raise ValueError(
-                f"k: expected none with {self.encoding}, which keeps every class, got {self.k}; leave it out"
-            )
-        object.__setattr__(self, "temperatures", tuple(sorted({float(value) for value in self.temperatures})))
-        if not self.temperatures or any(not 0 < value < math.inf for value in self.temperatures):
-            raise ValueError(f"temperatures: expected numbers above 0, got {list(self.temperatures)}")
-        self.build_encoding()
+        if self.encoding == "sample" and self.draws is None:
+            raise ValueError("draws: expected how many sample takes, got none; give --draws N")
+        belongs = {"k": "topk", "draws": "sample", "seed": "sample"}
+        for name, encoding in belongs.items():
+            value = getattr(self, name)
+            if value is not None and self.encoding != encoding:
+                raise ValueError(
+                    f"{name}: expected none with {self.encoding}, got {value}; it is of {encoding}: leave it out"
+                )
+        if self.encoding == "sample" and self.values is not None:
+            raise ValueError(f"values: expected none with sample, which keeps counts, got {self.values}; leave it out")
+
+    def _check_sequences(self) -> None:
+        """Options that say how tokens are read, without the one that says that they are."""
+        if self.sequence_length is not None:
+            assert self.sequence_options is not None  # built to be checked
+            return
+        for name in ("tokenizer", "token_dtype", "boundaries", "separator", "text_field", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None:
+                raise ValueError(
+                    f"{name}: expected --sequence-length beside it, got none; give it too, or leave this out"
+                )
+        if not self.store_tokens:
+            raise ValueError("store_tokens: expected a corpus of tokens, got no --sequence-length; leave it out")
+
+    @property
+    def sequence_options(self) -> SequenceOptions | None:
+        """How a corpus of tokens or text is read; None for other corpora."""
+        if self.sequence_length is None:
+            return None
+        return SequenceOptions(
+            length=self.sequence_length,
+            tokenizer=self.tokenizer,
+            dtype=self.token_dtype,
+            boundaries=self.boundaries,
+            separator=self.separator,
+            text_field=self.text_field,
+            vocab_size=self.vocab_size,
+        )
 
     def _check_choices(self) -> None:
         choices = {
@@ -135,10 +209,28 @@ class DumpConfig:
             if value not in allowed:
                 raise ValueError(f"{name}: expected {' or '.join(filter(None, allowed))}, got {value!r}")
 
-    def build_encoding(self) -> Encoding:
-        """What is kept of a row."""
-        return Dense(self.values) if self.k is None else TopK(self.k, self.values)
+    def build_encoding(self, hidden: Hidden | None = None) -> Encoding:
+        """What is kept of a row.
+
+        Args:
+            hidden: what the teacher's head makes of the encoding `hidden`.
+        """
+        values: ValueType = self.values or "float16"
+        if self.encoding == "topk":
+            assert self.k is not None
+            return TopK(self.k, values)
+        if self.encoding == "sample":
+            assert self.draws is not None
+            return Sample(self.draws, self.seed or 0)
+        if self.encoding == "hidden":
+            assert hidden is not None
+            if values == "uint8":
+                raise ValueError(
+                    "values: expected float16 or float32 with hidden, got uint8; choose one of these, or leave it out"
+                )
+            return replace(hidden, values=values)
+        return Dense(values)
 
     def choose_compressor(self) -> Compressor:
-        """`zstd` for topk, whose ids compress well, and `none` for dense, whose values hardly do."""
-        return self.compressor or ("zstd" if self.encoding == "topk" else "none")
+        """`zstd` for what compresses well, ids and counts; `none` for values of all classes, which hardly do."""
+        return self.compressor or ("zstd" if self.encoding in ("topk", "sample") else "none")

@@ -2,7 +2,7 @@
 
     readers -> batch -> teacher -> sparsify on the device -> host -> shard -> writer -> seal
 
-Legend: N rows of a batch, C classes.
+Legend: N rows of a batch, C classes, P positions of a sequence, Q = P + 1 tokens, R flat rows: N, or N * P.
 
 The device never waits for the disk: a thread reads ahead, another one writes behind, and results are copied to the host
 while the next batch is in work. What lies between the stages is bounded, so memory does not grow with the rows.
@@ -21,14 +21,29 @@ from torch import Tensor
 from storage.arrays import STATUS_NOT_FINITE, STATUS_OK, STATUS_UNDECODABLE, Array
 from storage.console import Pass
 from storage.corpus import Batch, Corpus, Preprocess, read_batch
+from storage.corpus.sequences import check_ids
+from storage.encodings import HeadArrays, Sample
+from storage.encodings.sample import uniforms
 from storage.errors import CorpusError, TeacherError
 from storage.manifest import Manifest
 from storage.records import QuarantineEntry, Seal
+from storage.sequences import next_tokens
 from storage.writer import StoreWriter
 from teacherdump.plan import batches
-from teacherdump.sparsify import HAS_NAN, HAS_POSITIVE_INF, REFUSAL, HostArrays, build_sparsify, copy_to_host
+from teacherdump.sparsify import (
+    HAS_NAN,
+    HAS_POSITIVE_INF,
+    NO_CLASS,
+    REFUSAL,
+    HostArrays,
+    Sparsify,
+    TeacherRows,
+    build_sparsify,
+    copy_to_host,
+    joined,
+)
 from teacherdump.stages import ReadAhead, WriteBehind
-from teacherdump.teacher import Teacher
+from teacherdump.teacher import Said, Teacher
 
 READ_AHEAD_BATCHES = 4
 READ_AHEAD_BYTES = 256 << 20
@@ -47,6 +62,7 @@ class Job:
         manifest: of the store.
         batch_size: rows of one forward pass, at least 1.
         num_readers: threads that decode samples, at least 1.
+        head: what a store of hidden states keeps once; else None.
     """
 
     corpus: Corpus
@@ -55,6 +71,14 @@ class Job:
     manifest: Manifest
     batch_size: int
     num_readers: int
+    head: HeadArrays | None = None
+
+    def speak(self, inputs: Tensor) -> Iterator[Said]:
+        """What the teacher says of a batch, in parts that make up its flat rows."""
+        keeps_hidden = self.manifest.encoding.name == "hidden"
+        if self.manifest.sequences is None:
+            return self.teacher.speak(inputs, keeps_hidden)
+        return self.teacher.speak_tokens(inputs, self.manifest.num_classes, keeps_hidden)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +103,16 @@ class ReadBatch:
     Attributes:
         shard: the shard that its rows are in; none of them is in another.
         batch: the samples.
-        inputs: float32 (N, ...), pinned where the teacher is on CUDA.
-        hard_targets: int32 (N,), -1 where unknown; None where the store has none.
+        inputs: float32 (N, ...), or int64 (N, 2, Q) of tokens, pinned where the teacher is on CUDA.
+        hard_targets_R: int32, -1 where unknown; None where the store has none. Of sequences the next tokens.
+        uniform_R: float64 random numbers, where the encoding draws; else None.
     """
 
     shard: int
     batch: Batch
     inputs: Tensor
-    hard_targets: Tensor | None
+    hard_targets_R: Tensor | None  # noqa: N815
+    uniform_R: Tensor | None  # noqa: N815
 
 
 def dump(
@@ -152,15 +178,32 @@ def soft_targets(job: Job, reads: Iterable[ReadBatch]) -> Iterator[tuple[ReadBat
     sparsify = build_sparsify(job.manifest.encoding, job.manifest.temperatures)
     device, on_the_way = job.teacher.device, deque[tuple[ReadBatch, HostArrays]]()
     for read in reads:
-        logits_NC = job.teacher(read.inputs.to(device, non_blocking=True))
-        hard_targets_N = None if read.hard_targets is None else read.hard_targets.to(device, non_blocking=True)
-        with torch.inference_mode():
-            on_the_way.append((read, copy_to_host(sparsify(logits_NC, hard_targets_N))))
+        on_the_way.append((read, copy_to_host(sparsified(job, read, sparsify))))
         if len(on_the_way) > ON_THE_WAY.get(device.type, 0):
             arrived, host = on_the_way.popleft()
             yield arrived, host.wait()
     for arrived, host in on_the_way:
         yield arrived, host.wait()
+
+
+def sparsified(job: Job, read: ReadBatch, sparsify: Sparsify) -> dict[str, Tensor]:
+    """What the encoding keeps of a batch, on the teacher's device, of a part of the teacher's rows after the other."""
+    device = job.teacher.device
+
+    def moved(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.to(device, non_blocking=True)
+
+    hard_targets_R, uniform_R = moved(read.hard_targets_R), moved(read.uniform_R)
+    parts, start = [], 0
+    for said in job.speak(read.inputs.to(device, non_blocking=True)):
+        part = slice(start, start + len(said.logits_RC))
+        hard = None if hard_targets_R is None else hard_targets_R[part]
+        uniform = None if uniform_R is None else uniform_R[part]
+        with torch.inference_mode():
+            parts.append(sparsify(TeacherRows(said.logits_RC, hard, uniform, said.hidden_RW)))
+        start = part.stop
+    with torch.inference_mode():
+        return joined(parts)
 
 
 @contextlib.contextmanager
@@ -176,14 +219,33 @@ def read_ahead(job: Job, shards: Iterable[int]) -> Iterator[ReadAhead[ReadBatch]
 
 
 def _read_shards(job: Job, shards: Iterable[int], pool: ThreadPoolExecutor) -> Iterator[ReadBatch]:
-    hard_targets = job.corpus.hard_targets if job.manifest.has_hard_targets else None
-    pinned = job.teacher.device.type == "cuda"
     for shard in shards:
         for start, stop in batches(*job.manifest.layout.shard_bounds(shard), job.batch_size):
-            batch = read_batch(job.corpus, np.arange(start, stop), job.preprocess, pool)
-            inputs_N = torch.from_numpy(batch.inputs)
-            hard_targets_N = None if hard_targets is None else torch.from_numpy(hard_targets[start:stop].copy())
-            yield ReadBatch(shard, batch, inputs_N.pin_memory() if pinned else inputs_N, hard_targets_N)
+            yield read_one(job, shard, start, stop, pool)
+
+
+def read_one(job: Job, shard: int, start: int, stop: int, pool: ThreadPoolExecutor) -> ReadBatch:
+    """Rows [start, stop) of a shard, with all that goes with them through the teacher.
+
+    Raises:
+        CorpusError: a token is not of the teacher's vocabulary, or no sample can be read any more.
+    """
+    manifest, rows_N = job.manifest, np.arange(start, stop)
+    batch = read_batch(job.corpus, rows_N, job.preprocess, pool)
+    hard_targets = None
+    if manifest.sequences is not None:
+        check_ids(batch.inputs[:, 0], rows_N, manifest.num_classes, f"corpus '{job.corpus.path}'")
+        hard_targets = next_tokens(batch.inputs[:, 0], batch.inputs[:, 1]).reshape(-1)
+    elif manifest.has_hard_targets and job.corpus.hard_targets is not None:
+        hard_targets = job.corpus.hard_targets[start:stop].copy()
+    uniform = None
+    if isinstance(manifest.encoding, Sample):
+        num_positions = 1 if manifest.sequences is None else manifest.sequences.num_positions
+        uniform = torch.from_numpy(uniforms(manifest.encoding.seed, rows_N, num_positions))
+    inputs = torch.from_numpy(batch.inputs)
+    if job.teacher.device.type == "cuda":
+        inputs = inputs.pin_memory()
+    return ReadBatch(shard, batch, inputs, None if hard_targets is None else torch.from_numpy(hard_targets), uniform)
 
 
 class ShardBuffer:
@@ -206,19 +268,21 @@ class ShardBuffer:
         """Take the next batch of rows, and quarantine those without targets."""
         batch = read.batch
         rows = slice(self._num_rows, self._num_rows + len(batch.rows_N))
+        refusal_N = np.bitwise_or.reduce(arrays[REFUSAL].reshape(len(batch.rows_N), -1), axis=1)
         reasons = {
-            int(position): f"logits are not finite: {_what_is_wrong(int(arrays[REFUSAL][position]))}"
-            for position in np.flatnonzero(arrays[REFUSAL])
+            int(position): _what_is_wrong(int(refusal_N[position])) for position in np.flatnonzero(refusal_N)
         } | batch.errors
         refused = sorted(reasons)
         for spec in self._manifest.arrays:
             if spec.name in arrays:
                 part = self._arrays[spec.name][rows]
-                part[...] = arrays[spec.name]
+                part[...] = arrays[spec.name].reshape(part.shape)
                 part[refused] = spec.fill_value
         self._arrays["sample_digest"][rows] = batch.digests_N
-        if read.hard_targets is not None:
-            self._arrays["hard_target"][rows] = read.hard_targets.numpy()
+        if "token_ids" in self._arrays:
+            self._arrays["token_ids"][rows], self._arrays["position_ids"][rows] = batch.inputs.swapaxes(0, 1)
+        if self._manifest.has_hard_targets and read.hard_targets_R is not None:
+            self._arrays["hard_target"][rows] = read.hard_targets_R.numpy()
         status_N = self._arrays["status"][rows]
         status_N[...] = STATUS_OK
         for position in refused:
@@ -233,9 +297,10 @@ class ShardBuffer:
 
 
 def _what_is_wrong(refusal: int) -> str:
-    if refusal & HAS_NAN:
-        return "NaN"
-    return "+inf" if refusal & HAS_POSITIVE_INF else "-inf for every class"
+    if refusal & (HAS_NAN | HAS_POSITIVE_INF | NO_CLASS):
+        what = "NaN" if refusal & HAS_NAN else "+inf" if refusal & HAS_POSITIVE_INF else "-inf for every class"
+        return f"logits are not finite: {what}"
+    return "the hidden state is not finite as it would be stored; with --values float32 it may be"
 
 
 def _refuse_if_nothing_is_kept(shard: EncodedShard) -> None:

@@ -16,7 +16,11 @@ SMALL_CHUNK_ROWS = 256
 
 
 def choose_layout(
-    num_rows: int, arrays: Sequence[ArraySpec], shard_rows: int | None = None, chunk_rows: int | None = None
+    num_rows: int,
+    arrays: Sequence[ArraySpec],
+    shard_rows: int | None = None,
+    chunk_rows: int | None = None,
+    num_positions: int = 1,
 ) -> Layout:
     """How rows are cut, where the user does not say.
 
@@ -25,6 +29,7 @@ def choose_layout(
         arrays: every array that it holds.
         shard_rows: rows of a shard, or None.
         chunk_rows: rows of a chunk, or None.
+        num_positions: distributions of a row: long rows make small chunks and shards.
 
     Raises:
         ValueError: a shard is not a whole number of chunks.
@@ -34,22 +39,23 @@ def choose_layout(
         Layout(num_rows=1281167, shard_rows=33536, chunk_rows=256)
     """
     if chunk_rows is None:
-        chunk_rows = _choose_chunk_rows(num_rows, max(spec.row_bytes for spec in arrays))
+        chunk_rows = _choose_chunk_rows(num_rows, max(spec.row_bytes for spec in arrays), num_positions)
         if shard_rows is not None:
             chunk_rows = next(rows for rows in range(min(chunk_rows, shard_rows), 0, -1) if shard_rows % rows == 0)
     if shard_rows is None:
         most = min(MAX_SHARD_ROWS, SHARD_BYTES // sum(spec.row_bytes for spec in arrays))
-        wanted = max(SMALL_SHARD_ROWS, num_rows / MIN_SHARDS)
+        wanted = max(SMALL_SHARD_ROWS / num_positions, num_rows / MIN_SHARDS)
         num_chunks = min(most // chunk_rows, round(wanted / chunk_rows))
         shard_rows = chunk_rows * max(1, num_chunks)
     return Layout(num_rows, shard_rows, chunk_rows)
 
 
-def _choose_chunk_rows(num_rows: int, row_bytes: int) -> int:
+def _choose_chunk_rows(num_rows: int, row_bytes: int, num_positions: int) -> int:
     """A power of two: about `CHUNK_BYTES`, fewer where the corpus has few rows."""
-    least, most = CHUNK_ROWS
+    least, most = (max(1, rows // num_positions) for rows in CHUNK_ROWS)
     rows = min(most, max(least, _power_of_two(CHUNK_BYTES // row_bytes)))
-    return min(rows, max(SMALL_CHUNK_ROWS, _power_of_two(num_rows // (2 * MIN_SHARDS))))
+    rows = min(rows, max(SMALL_CHUNK_ROWS // num_positions, _power_of_two(num_rows // (2 * MIN_SHARDS))))
+    return _power_of_two(rows)
 
 
 def _power_of_two(most: int) -> int:
@@ -68,6 +74,16 @@ def batches(start: int, stop: int, batch_size: int) -> list[tuple[int, int]]:
         [(0, 4), (4, 8), (8, 10)]
     """
     return [(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size)]
+
+
+def cpu_batch_sequences(num_positions: int) -> int:
+    """Sequences of a batch on a CPU: about 4,096 positions, from 1 to 256.
+
+    Example:
+        >>> cpu_batch_sequences(256)
+        16
+    """
+    return min(256, max(1, 4096 // num_positions))
 
 
 def cpu_batch_size(sample_bytes: int) -> int:

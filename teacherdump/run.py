@@ -128,7 +128,7 @@ def _go_on(source: Source, say: Say, quiet: bool) -> DumpResult:
 
 def _dump(config: DumpConfig, job: "Job", say: Say, quiet: bool) -> DumpResult:
     """Dump what is owed; what can't be begun leaves no store behind."""
-    with StoreWriter.open(config.out, job.manifest) as writer:
+    with StoreWriter.open(config.out, job.manifest, job.head) as writer:
         try:
             if not writer.owed_shards():
                 return _finish(writer, _Tally(), quiet)

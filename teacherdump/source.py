@@ -14,19 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from storage.arrays import common_arrays
 from storage.backends import backend_for
 from storage.corpus import Corpus, Preprocess, default_preprocess, open_corpus, read_batch
+from storage.corpus.sequences import TokenCorpus
+from storage.encodings import HeadArrays, Hidden
 from storage.errors import CorpusError, MismatchError, TeacherError
+from storage.head import head_digest
 from storage.layout import Layout
-from storage.manifest import Manifest
+from storage.manifest import Manifest, store_arrays
 from storage.reader import Store
 from storage.records import MANIFEST
+from storage.sequences import Sequences
 from teacherdump.config import DumpConfig
 from teacherdump.model_file import teacher_identity
 from teacherdump.plan import choose_layout
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from studenttrain.heads import Head
     from teacherdump.dump import Job
     from teacherdump.teacher import Teacher
 
@@ -56,19 +62,38 @@ class Source:
     identity: Mapping[str, Any]
     existing: Manifest | None
 
-    def manifest(self, num_classes: int, provenance: Mapping[str, Any]) -> Manifest:
-        """The manifest of the store; what is not asked for otherwise is as in the store that is there."""
+    @property
+    def is_tokens(self) -> bool:
+        """Whether the samples are sequences of tokens."""
+        return self.corpus.sample_kind == "tokens"
+
+    def manifest(
+        self,
+        num_classes: int,
+        provenance: Mapping[str, Any],
+        hidden: Hidden | None = None,
+        num_padded: int | None = None,
+    ) -> Manifest:
+        """The manifest of the store; what is not asked for otherwise is as in the store that is there.
+
+        Args:
+            num_classes: of the teacher's logits, or entries of the vocabulary.
+            provenance: of the run.
+            hidden: what the teacher's head makes of the encoding `hidden`; None takes that of the store that is there.
+            num_padded: entries of the teacher's output behind the vocabulary; None takes those of the store there.
+        """
         config, corpus, there = self.config, self.corpus, self.existing
-        encoding = config.build_encoding()
+        if hidden is None and there is not None and isinstance(there.encoding, Hidden):
+            hidden = there.encoding
+        encoding = config.build_encoding(hidden or Hidden(1))  # a store of something else differs in any case
+        sequences = self._sequences(num_padded)
         has_hard_targets = corpus.hard_targets is not None
-        arrays = (
-            *common_arrays(len(config.temperatures), has_hard_targets),
-            *encoding.arrays(num_classes, len(config.temperatures)),
-        )
+        arrays = store_arrays(encoding, num_classes, len(config.temperatures), has_hard_targets, sequences)
         if there is not None and config.shard_rows is None and config.chunk_rows is None:
             layout = Layout(corpus.num_samples, there.shard_rows, there.chunk_rows)
         else:
-            layout = choose_layout(corpus.num_samples, arrays, config.shard_rows, config.chunk_rows)
+            num_positions = 1 if sequences is None else sequences.num_positions
+            layout = choose_layout(corpus.num_samples, arrays, config.shard_rows, config.chunk_rows, num_positions)
         compressor = config.choose_compressor()
         if there is not None and config.compressor is None:
             compressor = there.compressor
@@ -86,7 +111,17 @@ class Source:
             has_hard_targets=has_hard_targets,
             compressor=compressor,
             provenance=provenance,
+            sequences=sequences,
         )
+
+    def _sequences(self, num_padded: int | None) -> Sequences | None:
+        corpus, there = self.corpus, self.existing
+        if not isinstance(corpus, TokenCorpus):
+            return None
+        if num_padded is None:
+            num_padded = 0 if there is None or there.sequences is None else there.sequences.num_padded
+        tokenizer = None if corpus.tokenizer is None else corpus.tokenizer.fingerprint
+        return Sequences(corpus.sequence_length, self.config.store_tokens, tokenizer, num_padded)
 
 
 def open_source(config: DumpConfig) -> Source:
@@ -97,7 +132,7 @@ def open_source(config: DumpConfig) -> Source:
         ValueError: an option would be ignored.
     """
     identity = teacher_identity(config.models, config.arch, config.combine, config.precision)
-    corpus = open_corpus(config.data, config.corpus_kind, config.labels, config.array)
+    corpus = open_corpus(config.data, config.corpus_kind, config.labels, config.array, config.sequence_options)
     preprocess = default_preprocess(
         corpus,
         config.image_size,
@@ -138,14 +173,18 @@ def prepare(source: Source, say: Say) -> "Job":
         config.compile,
         config.trust_pickle,
     )
-    num_classes = _probe(source, teacher, say)
+    head = _head_of(config, teacher)
+    num_outputs = _probe(source, teacher, say)
+    num_classes = _vocabulary(source, num_outputs) if source.is_tokens else num_outputs
     if there is not None and num_classes != there.num_classes:
         raise MismatchError(
             f"{config.out}: expected {there.num_classes} classes, as the store has them, got {num_classes} from the "
             "teacher; the code behind --arch has changed: give --out another path"
         )
     _check_classes(source.corpus, num_classes)
-    draft = source.manifest(num_classes, {})
+    kept = None if head is None else _kept_head(head, num_classes)
+    hidden = None if head is None or kept is None else _hidden_encoding(head, kept)
+    draft = source.manifest(num_classes, {}, hidden, num_outputs - num_classes)
     if config.batch_size is not None and config.batch_size > (teacher.max_batch or config.batch_size):
         raise ValueError(
             f"batch_size: expected at most {teacher.max_batch}, for which the program was exported, got "
@@ -153,26 +192,74 @@ def prepare(source: Source, say: Say) -> "Job":
         )
     batch_size = config.batch_size or (None if there is None else _begun_with(there, "batch_size"))
     if batch_size is None:
-        batch_size = choose_batch_size(teacher, source.preprocess.shape, min(draft.shard_rows, draft.num_rows))
+        most_rows = min(draft.shard_rows, draft.num_rows)
+        batch_size = choose_batch_size(teacher, source.preprocess.shape, most_rows, source.is_tokens)
     if teacher.max_batch is not None and teacher.max_batch < 8:
         say(
             f"note: the program was exported for batches of {teacher.max_batch}, which is slow; "
             "export it with a dynamic first dimension"
         )
-    manifest = source.manifest(num_classes, _provenance(source, teacher, batch_size))
+    provenance = _provenance(source, teacher, batch_size)
+    manifest = source.manifest(num_classes, provenance, hidden, num_outputs - num_classes)
     num_readers = config.readers or min(MOST_READERS, os.cpu_count() or 1)
-    return Job(source.corpus, source.preprocess, teacher, manifest, batch_size, num_readers)
+    return Job(source.corpus, source.preprocess, teacher, manifest, batch_size, num_readers, kept)
+
+
+def _head_of(config: DumpConfig, teacher: "Teacher") -> "Head | None":
+    """The teacher's head, where hidden states are kept."""
+    return teacher.head() if config.encoding == "hidden" else None
+
+
+def _kept_head(head: "Head", num_classes: int) -> HeadArrays:
+    """The head as it is stored: as it is where numpy has its type, else in float32."""
+    import torch
+
+    def kept(values: "Tensor") -> np.ndarray[Any, Any]:
+        values = values.detach().cpu()
+        array: np.ndarray[Any, Any] = (values if values.dtype == torch.float16 else values.float()).numpy()
+        return array
+
+    head = head.cut(num_classes)
+    return HeadArrays(kept(head.weight_CW), None if head.bias_C is None else kept(head.bias_C))
+
+
+def _hidden_encoding(head: "Head", kept: HeadArrays) -> Hidden:
+    return Hidden(
+        width=head.width,
+        scale=float(head.scale),
+        soft_cap=None if head.soft_cap is None else float(head.soft_cap),
+        has_bias=kept.bias_C is not None,
+        head_sha256=head_digest(kept),
+    )
+
+
+def _vocabulary(source: Source, num_outputs: int) -> int:
+    """Entries of the vocabulary: as the tokenizer or an option says, else all that the teacher gives."""
+    corpus = source.corpus
+    assert isinstance(corpus, TokenCorpus)
+    known = corpus.vocab_size
+    if known is None:
+        return num_outputs
+    if known > num_outputs:
+        raise TeacherError(
+            f"corpus '{corpus.path}': expected a teacher of its vocabulary, {known} tokens, got one of {num_outputs}; "
+            "give the teacher's own tokenizer"
+        )
+    return known
 
 
 def _probe(source: Source, teacher: "Teacher", say: Say) -> int:
     """Classes of the teacher, tried on the first samples."""
     import torch
 
-    from teacherdump.teacher import probe_teacher
+    from teacherdump.teacher import probe_teacher, probe_tokens
 
     rows = np.arange(min(NUM_PROBE_ROWS, source.corpus.num_samples, teacher.max_batch or NUM_PROBE_ROWS))
     inputs_N = torch.from_numpy(read_batch(source.corpus, rows, source.preprocess).inputs)
-    probe = probe_teacher(teacher, inputs_N.to(teacher.device))
+    if isinstance(source.corpus, TokenCorpus):
+        probe = probe_tokens(teacher, inputs_N.to(teacher.device), source.corpus.has_several_documents)
+    else:
+        probe = probe_teacher(teacher, inputs_N.to(teacher.device))
     for note in probe.notes:
         say(f"note: {note}")
     return probe.num_classes

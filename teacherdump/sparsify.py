@@ -1,6 +1,7 @@
 """Logits to what the encoding keeps, on the device that they are on: the only copy to the host is of the result.
 
-Legend: N rows, C classes, K kept entries, T temperatures.
+Legend: N rows (of sequences, flat positions), C classes, K kept entries, D places of drawn ids, W width of a hidden
+state, T temperatures.
 
 The reference, which this must meet, is `encode` of the encodings in `storage.encodings`; the formulas are those of
 `storage/FORMAT.md`. Exponentials are float32 and their sums float64: float64 throughout doubles the cost and moves the
@@ -15,101 +16,227 @@ import torch
 from torch import Tensor
 
 from storage.arrays import Array
-from storage.encodings import Dense, Encoding, TopK
+from storage.encodings import Dense, Encoding, Hidden, Sample, TopK
 from storage.encodings.statistics import FLOAT16_LOWEST
 from storage.encodings.values import ValueType
-
-Sparsify = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
 
 # Why a row's logits are refused, as sums of these; 0 where they are finite (classes of -inf are allowed, but not all).
 REFUSAL = "refusal"
 HAS_NAN = 1
 HAS_POSITIVE_INF = 2
 NO_CLASS = 4
+HIDDEN_NOT_FINITE = 8
 
 # Values that one pass works on: some float64 temporaries of this size must fit, in the cache of a CPU or on a device.
 PASS_VALUES = {"cpu": 1 << 16, "cuda": 1 << 25}
 LOWEST_EXPONENT = -104.0  # exp of less is 0 in float32
+SUMMED_RUN = 128  # values that are added up in float32
+LEAST_SUM = 1e-30  # a sum of float32 exponentials below this has lost bits, or all of them, to underflow
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """What a teacher says of some rows, and what goes with them, all on one device.
+
+    Attributes:
+        logits_NC: float.
+        hard_targets_N: the true classes, -1 where unknown; None where nothing is kept of them.
+        uniform_N: float64 random numbers, for an encoding that draws; else None.
+        hidden_NW: hidden states, for an encoding that keeps them; else None.
+    """
+
+    logits_NC: Tensor  # noqa: N815
+    hard_targets_N: Tensor | None = None  # noqa: N815
+    uniform_N: Tensor | None = None  # noqa: N815
+    hidden_NW: Tensor | None = None  # noqa: N815
+
+    def __getitem__(self, rows: slice) -> "TeacherRows":
+        """Some of the rows."""
+        given = (self.logits_NC, self.hard_targets_N, self.uniform_N, self.hidden_NW)
+        return TeacherRows(*[None if values is None else values[rows] for values in given])  # type: ignore[arg-type]
+
+
+Sparsify = Callable[[TeacherRows], dict[str, Tensor]]
 
 
 def build_sparsify(encoding: Encoding, temperatures: Sequence[float]) -> Sparsify:
-    """What turns float32 logits (N, C), and hard targets (N,) or None, into the arrays of a store.
+    """What turns a teacher's rows into the arrays of a store.
 
     The result holds every float and id that the encoding stores, on the logits' device, with ids as int32, and
     `refusal`, uint8 (N,): the sum of the reasons for which a row's logits are not kept. What such a row holds means
     nothing. Hard targets are -1 where unknown: their log-probability is NaN.
     """
-    if not isinstance(encoding, Dense | TopK):
-        raise ValueError(f"encoding: expected dense or topk, got {encoding.name}")  # noqa: TRY004 - it is a name
-    k = encoding.k if isinstance(encoding, TopK) else None
 
-    def sparsify(logits_NC: Tensor, hard_targets_N: Tensor | None) -> dict[str, Tensor]:
-        pass_rows = max(1, PASS_VALUES.get(logits_NC.device.type, 1 << 16) // logits_NC.shape[1])
+    def sparsify(rows: TeacherRows) -> dict[str, Tensor]:
+        num_rows, num_classes = rows.logits_NC.shape
+        pass_rows = max(1, PASS_VALUES.get(rows.logits_NC.device.type, 1 << 16) // num_classes)
         parts = []
-        for start in range(0, len(logits_NC), pass_rows):
-            hard = None if hard_targets_N is None else hard_targets_N[start : start + pass_rows]
-            parts.append(_sparsify(logits_NC[start : start + pass_rows], hard, k, encoding.values, temperatures))
-        return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        for start in range(0, num_rows, pass_rows):
+            part = rows[start : start + pass_rows]
+            parts.append(_sparsify(part, encoding, temperatures))
+        return joined(parts)
 
     return sparsify
 
 
-def _sparsify(
-    logits_NC: Tensor, hard_targets_N: Tensor | None, k: int | None, values: ValueType, temperatures: Sequence[float]
-) -> dict[str, Tensor]:
-    logits_NC = logits_NC.float()
-    max_logit_N = logits_NC.amax(1)  # NaN where the row has one
-    refusal_N = logits_NC.isnan().any(1) * HAS_NAN
-    refusal_N = refusal_N + (logits_NC == torch.inf).any(1) * HAS_POSITIVE_INF
+def joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Arrays of rows one after the other, as one."""
+    return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _sparsify(rows: TeacherRows, encoding: Encoding, temperatures: Sequence[float]) -> dict[str, Tensor]:
+    logits_NC = rows.logits_NC.float()
+    max_logit_N, top_N = logits_NC.max(1)  # NaN where the row has one, else inf where it has one
+    refusal_N = max_logit_N.isnan() * HAS_NAN + (max_logit_N == torch.inf) * HAS_POSITIVE_INF
     refusal_N = refusal_N + (max_logit_N == -torch.inf) * NO_CLASS
     centred_NC = logits_NC - max_logit_N[:, None]
-    lse_1_N, entropy_N = _entropy(centred_NC)
-    lse_NT = torch.stack([lse_1_N if value == 1 else _logsumexp(centred_NC, value) for value in temperatures], 1)
+    has_tail = isinstance(encoding, TopK)
+    ids_NK = _top_ids(centred_NC, encoding.k) if isinstance(encoding, TopK) else top_N[:, None]
+    at_1 = _sums(centred_NC, 1.0, ids_NK, with_tail=has_tail, with_entropy=True)
+    sums = [at_1 if value == 1 else _sums(centred_NC, value, ids_NK, with_tail=has_tail) for value in temperatures]
     found = {
-        REFUSAL: refusal_N.to(torch.uint8),
         "max_logit": max_logit_N,
-        "lse": lse_NT.float(),
-        "entropy": entropy_N.half(),
+        "lse": torch.stack([part.lse_N for part in sums], 1).float(),
+        "entropy": at_1.entropy_N.half(),
     }
-    if hard_targets_N is not None:
-        known_N = centred_NC.gather(1, hard_targets_N.long().clamp(min=0)[:, None])[:, 0] - lse_1_N
-        found["hard_target_logprob"] = _to_float16(torch.where(hard_targets_N >= 0, known_N, torch.nan))
-    if k is None:
-        return found | _stored_values(centred_NC, values)
-    ids_NK = _top_ids(centred_NC, k)
-    kept = _stored_values(centred_NC.gather(1, ids_NK), values)
-    rest_NC = centred_NC.scatter(1, ids_NK, -torch.inf)
-    tail_NT = torch.stack([_logsumexp(rest_NC, value) for value in temperatures], 1) - lse_NT
-    return found | kept | {"ids": ids_NK.int(), "log_tail": tail_NT.float()}
+    if rows.hard_targets_N is not None:
+        hard_N = rows.hard_targets_N.long()
+        known_N = centred_NC.gather(1, hard_N.clamp(min=0)[:, None])[:, 0] - at_1.lse_N
+        found["hard_target_logprob"] = _to_float16(torch.where(hard_N >= 0, known_N, torch.nan))
+    if isinstance(encoding, Sample):
+        assert rows.uniform_N is not None
+        found |= _drawn(centred_NC, temperatures[0], rows.uniform_N, encoding)
+    elif isinstance(encoding, Hidden):
+        assert rows.hidden_NW is not None
+        stored_NW = rows.hidden_NW.to(torch.float16 if encoding.values == "float16" else torch.float32)
+        refusal_N = refusal_N | (~stored_NW.isfinite().all(1)) * HIDDEN_NOT_FINITE
+        found["hidden"] = stored_NW
+    elif isinstance(encoding, TopK):
+        found |= _stored_values(centred_NC.gather(1, ids_NK), encoding.values)
+        found |= {"ids": ids_NK.int(), "log_tail": torch.stack([part.log_tail_N for part in sums], 1).float()}
+    else:
+        assert isinstance(encoding, Dense)
+        found |= _stored_values(centred_NC, encoding.values)
+    return found | {REFUSAL: refusal_N.to(torch.uint8)}
 
 
-def _logsumexp(centred_NC: Tensor, temperature: float) -> Tensor:
-    """The log of sum exp(v / temperature), float64 (N,); -inf for a row of -inf."""
-    top_N = centred_NC.amax(1)
-    top_N = torch.where(top_N.isinf(), 0.0, top_N)
-    exps_NC = (centred_NC - top_N[:, None]).div_(temperature).exp_()
-    return exps_NC.sum(1, dtype=torch.float64).log() + top_N.double() / temperature
+@dataclass(frozen=True)
+class _Sums:
+    """What one pass of exponentials at a temperature gives, float64 (N,).
+
+    Attributes:
+        lse_N: log sum exp(v / T).
+        log_tail_N: the same over the entries that are not kept, less `lse_N`; unset where it is not asked for.
+        entropy_N: at that temperature, nats; unset where it is not asked for.
+    """
+
+    lse_N: Tensor  # noqa: N815
+    log_tail_N: Tensor  # noqa: N815
+    entropy_N: Tensor  # noqa: N815
 
 
-def _entropy(centred_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """The lse at T = 1 and the entropy, nats, float64 (N,): lse + sum exp(v) (-v) / sum exp(v), all terms positive."""
-    exps_NC = centred_NC.exp()
-    total_N = exps_NC.sum(1, dtype=torch.float64)
-    drop_NC = centred_NC.clamp(min=LOWEST_EXPONENT).neg_().mul_(exps_NC)
+def _sums(
+    centred_NC: Tensor, temperature: float, ids_NK: Tensor, *, with_tail: bool = False, with_entropy: bool = False
+) -> _Sums:
+    """One pass over the exponentials. The kept ones are added up apart, so the tail is never one minus the rest.
+
+    Args:
+        centred_NC: the largest of each row is 0.
+        temperature: above 0.
+        ids_NK: the entries that are kept, the largest among them.
+        with_tail: whether the log of the tail is wanted too.
+        with_entropy: whether the entropy is.
+    """
+    scaled_NC = centred_NC if temperature == 1 else centred_NC / temperature
+    exps_NC = scaled_NC.exp()
+    kept_NK = exps_NC.gather(1, ids_NK).double()
+    tail_N = _sum(exps_NC.scatter_(1, ids_NK, 0.0))
+    total_N = kept_NK.sum(1) + tail_N
     lse_N = total_N.log()
-    return lse_N, lse_N + drop_NC.sum(1, dtype=torch.float64) / total_N
+    entropy_N = log_tail_N = lse_N
+    if with_entropy:  # lse + sum exp(v) (-v) / sum exp(v), all terms positive
+        kept_drop_NK = scaled_NC.gather(1, ids_NK).double().clamp_(min=LOWEST_EXPONENT).mul_(kept_NK)
+        drop_N = _sum(scaled_NC.clamp(min=LOWEST_EXPONENT).mul_(exps_NC)) + kept_drop_NK.sum(1)
+        entropy_N = lse_N - drop_N / total_N
+    if with_tail:
+        log_tail_N, is_lost_N = tail_N.log(), tail_N < LEAST_SUM
+        if bool(is_lost_N.any()):
+            log_tail_N = torch.where(is_lost_N, _log_of_sum(scaled_NC.scatter(1, ids_NK, -torch.inf)), log_tail_N)
+        log_tail_N = log_tail_N - lse_N
+    return _Sums(lse_N, log_tail_N, entropy_N)
+
+
+def _sum(values_NC: Tensor) -> Tensor:
+    """Sum of each row, float64 (N,): short runs in float32, their sums in float64.
+
+    As exact as a float32 can tell, and many times as fast on a CPU as to add up float32 numbers in float64.
+    """
+    num_rows, num_classes = values_NC.shape
+    num_runs = num_classes // SUMMED_RUN
+    runs_NG = values_NC[:, : num_runs * SUMMED_RUN].reshape(num_rows, num_runs, SUMMED_RUN).sum(2)
+    rest_NG = values_NC[:, num_runs * SUMMED_RUN :].sum(1, keepdim=True)
+    return torch.cat([runs_NG, rest_NG], 1).double().sum(1)
+
+
+def _log_of_sum(scaled_NC: Tensor) -> Tensor:
+    """The log of sum exp, float64 (N,), however small it is; -inf for a row of -inf."""
+    top_N = scaled_NC.amax(1)
+    top_N = torch.where(top_N.isinf(), 0.0, top_N)
+    return _sum((scaled_NC - top_N[:, None]).exp_()).log() + top_N.double()
 
 
 def _top_ids(centred_NC: Tensor, k: int) -> Tensor:
     """Ids (N, K) of the k largest values, downward, ties to the lower id, int64.
 
-    `torch.topk` leaves the order of equal values open, and which of them are in at the border. So it is given keys that
-    are all different: the bits of a value that is not positive rise as it falls, and below them stands the id.
+    `torch.topk` leaves the order of equal values open, and which of them are in at the border. The order is put right
+    among the few that are kept; only rows with a tie at the border are looked through again, all entries told apart.
     """
-    magnitude_NC = (centred_NC + 0.0).view(torch.int32).bitwise_and(0x7FFF_FFFF)  # + 0.0: minus zero is zero
-    keys_NC = magnitude_NC.long().neg_().bitwise_left_shift_(32)
-    keys_NC -= torch.arange(keys_NC.shape[1], device=keys_NC.device)
-    return keys_NC.topk(k, dim=1, sorted=True).indices
+    num_classes = centred_NC.shape[1]
+    values_NB, ids_NB = centred_NC.topk(min(k + 1, num_classes), dim=1, sorted=False)  # one more: the border
+    order_NB = _keys(values_NB, ids_NB).argsort(dim=1, descending=True)
+    ids_NK = ids_NB.gather(1, order_NB[:, :k])
+    if k < num_classes:
+        last_two_N2 = values_NB.gather(1, order_NB[:, k - 1 :])
+        tied_N = last_two_N2[:, 0] == last_two_N2[:, 1]
+        if bool(tied_N.any()):
+            ids_NK[tied_N] = _exact_top_ids(centred_NC[tied_N], k)
+    return ids_NK
+
+
+def _exact_top_ids(centred_NC: Tensor, k: int) -> Tensor:
+    """What `_top_ids` gives, from keys of all entries."""
+    ids_C = torch.arange(centred_NC.shape[1], device=centred_NC.device)
+    return _keys(centred_NC, ids_C).topk(k, dim=1, sorted=True).indices
+
+
+def _keys(values: Tensor, ids: Tensor) -> Tensor:
+    """Integers, all different, that fall as the value falls and, among equals, as the id rises.
+
+    The bits of a value that is not positive rise as it falls; below them stands the id.
+    """
+    magnitude = (values + 0.0).view(torch.int32).bitwise_and(0x7FFF_FFFF)  # + 0.0: minus zero is zero
+    return magnitude.long().neg_().bitwise_left_shift_(32).sub_(ids)
+
+
+def _drawn(centred_NC: Tensor, temperature: float, uniform_N: Tensor, encoding: Sample) -> dict[str, Tensor]:
+    """Distinct ids (N, D) of the systematic draws, ascending, and how often each came, as `encodings.sample` does it.
+
+    The point (u + j) / draws falls to the first class whose cumulated probability is above it: looked up, so that only
+    the cumulated sum goes over all classes.
+    """
+    num_rows, num_classes = centred_NC.shape
+    cdf_NC = centred_NC.double().div_(temperature).exp_().cumsum(1)
+    points_J = torch.arange(encoding.draws, device=centred_NC.device, dtype=torch.float64)
+    points_NJ = (uniform_N[:, None] + points_J) / encoding.draws * cdf_NC[:, -1:]
+    drawn_NJ = torch.searchsorted(cdf_NC, points_NJ, right=True).clamp_(max=num_classes - 1)
+    is_new_NJ = torch.ones_like(drawn_NJ)
+    is_new_NJ[:, 1:] = drawn_NJ[:, 1:] != drawn_NJ[:, :-1]
+    place_NJ = is_new_NJ.cumsum(1) - 1
+    places = encoding.num_places(num_classes)
+    counts_ND = torch.zeros(num_rows, places, dtype=torch.int64, device=centred_NC.device)
+    counts_ND.scatter_add_(1, place_NJ, torch.ones_like(place_NJ))
+    ids_ND = torch.zeros_like(counts_ND).scatter_(1, place_NJ, drawn_NJ)
+    return {"ids": ids_ND.int(), "counts": counts_ND.to(torch.uint8)}
 
 
 def _stored_values(centred_NK: Tensor, values: ValueType) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """The teacher: one model, or an ensemble that speaks as one. Inputs to float32 logits.
 
-Legend: N batch, C classes, M members.
+Legend: N batch, P positions, Q = P + 1 tokens, R rows (N, or N * P), C classes or vocabulary entries, W width of a
+hidden state, M members.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from storage.errors import TeacherError
+from studenttrain.heads import HasHead, Head, find_head
+from studenttrain.language import takes_position_ids
 from teacherdump.config import Combine, Precision
 from teacherdump.loading import Member, last_line, load_member
 from teacherdump.model_file import teacher_identity
@@ -22,9 +25,25 @@ from teacherdump.model_file import teacher_identity
 # batch changed, is that of a model in training mode; rounding stays far below it.
 MAX_CHANGE = 1e-2
 
+# Logits of a language model that are in memory together, where its head can be run apart from the rest of it.
+CHUNK_VALUES = {"cpu": 1 << 23, "cuda": 1 << 28}
+
 
 class TeacherMemoryError(TeacherError):
     """The batch does not fit the device: give a smaller one."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a teacher says of some rows, in their order.
+
+    Attributes:
+        logits_RC: float32.
+        hidden_RW: the hidden states that they were made from, where they were asked for.
+    """
+
+    logits_RC: Tensor  # noqa: N815
+    hidden_RW: Tensor | None  # noqa: N815
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,97 @@ class Teacher:
             logits = [_logits_of(member, inputs_N) for member in self.members]
         with torch.inference_mode():
             return self._combine(logits)
+
+    def speak(self, inputs: Tensor, keeps_hidden: bool = False) -> Iterator[Said]:
+        """What it says of samples (N, ...), in parts whose rows are those of the batch, in order.
+
+        Args:
+            inputs: on the teacher's device.
+            keeps_hidden: whether the hidden states are wanted; only of a teacher that has a head.
+
+        Raises:
+            TeacherError: a member does not take the inputs, or does not give logits.
+            TeacherMemoryError: the batch does not fit the device.
+        """
+        if keeps_hidden:
+            head, hidden_NW = self.head(), self._hidden(self.members[0], inputs)
+            yield Said(self._head_logits(head, hidden_NW), hidden_NW)
+        else:
+            yield Said(self(inputs), None)
+
+    def speak_tokens(
+        self, samples_N2Q: Tensor, num_classes: int | None = None, keeps_hidden: bool = False
+    ) -> Iterator[Said]:
+        """What it says of each position of sequences; where every member has a head, a chunk of positions at a time.
+
+        Args:
+            samples_N2Q: token ids and position ids (N, 2, P + 1), int64, on the teacher's device.
+            num_classes: entries of the vocabulary; what the teacher's output has behind them is cut off. None keeps
+                all.
+            keeps_hidden: whether the hidden states are wanted; only of a teacher that has a head.
+
+        Raises:
+            TeacherError: a member does not take the inputs, or does not give logits.
+            TeacherMemoryError: the batch does not fit the device.
+        """
+        token_ids_NP, position_ids_NP = samples_N2Q[:, 0, :-1], samples_N2Q[:, 1, :-1]
+        models = [find_head(member.module) for member in self.members]
+        if not all(model is not None for model in models):
+            logits = [self._token_logits(member, token_ids_NP, position_ids_NP) for member in self.members]
+            with torch.inference_mode():
+                yield Said(self._combine([_cut(logits_RC, num_classes) for logits_RC in logits]), None)
+            return
+        heads = [model.output_head() for model in models if model is not None]
+        heads = [head.cut(min(num_classes or head.num_classes, head.num_classes)) for head in heads]
+        hidden = [self._hidden(member, token_ids_NP, position_ids_NP).flatten(0, 1) for member in self.members]
+        most = CHUNK_VALUES.get(self.device.type, CHUNK_VALUES["cpu"])
+        step = max(1, most // (heads[0].num_classes * len(heads)))
+        for start in range(0, len(hidden[0]), step):
+            parts = [hidden_RW[start : start + step] for hidden_RW in hidden]
+            logits = [self._head_logits(head, part) for head, part in zip(heads, parts, strict=True)]
+            with torch.inference_mode():
+                combined_RC = self._combine(logits)
+            yield Said(combined_RC, parts[0] if keeps_hidden else None)
+
+    def head(self) -> Head:
+        """The head of its one model.
+
+        Raises:
+            TeacherError: it is an ensemble, or has no head that can be run apart from the rest of it.
+        """
+        model: HasHead | None = find_head(self.members[0].module)
+        if len(self.members) > 1 or model is None:
+            got = "an ensemble" if len(self.members) > 1 else "one whose last layer can't be told from the rest"
+            raise TeacherError(
+                f"{self.members[0].where}: expected a teacher with hidden states and a head for --encoding hidden, got "
+                f"{got}; use another encoding, or give the model the methods hidden() and output_head()"
+            )
+        return model.output_head()
+
+    def _hidden(self, member: Member, *inputs: Tensor) -> Tensor:
+        """A member's hidden states."""
+        with (
+            torch.inference_mode(),
+            _arithmetic(self.identity["precision"], self.device),
+            _errors_of(member.where, tuple(inputs[0].shape), self.device),
+        ):
+            hidden: Tensor = member.module(*_as_taken(member, inputs), hidden_only=True)
+            return hidden
+
+    def _head_logits(self, head: Head, hidden_RW: Tensor) -> Tensor:
+        with torch.inference_mode(), _arithmetic(self.identity["precision"], self.device):
+            return head.logits(hidden_RW).float()
+
+    def _token_logits(self, member: Member, token_ids_NP: Tensor, position_ids_NP: Tensor) -> Tensor:
+        """A member's logits of every position, float32 (R, C)."""
+        shape = tuple(token_ids_NP.shape)
+        with (
+            torch.inference_mode(),
+            _arithmetic(self.identity["precision"], self.device),
+            _errors_of(member.where, shape, self.device),
+        ):
+            output: Any = member.module(*_as_taken(member, (token_ids_NP, position_ids_NP)))
+        return _checked_token_logits(member.where, output, shape).flatten(0, 1).float()
 
     def _combine(self, logits: Sequence[Tensor]) -> Tensor:
         if len(logits) == 1:
@@ -178,19 +288,58 @@ def _logits_of(member: Member, inputs_N: Tensor) -> Tensor:
     if num_rows < member.min_batch:
         inputs_N = torch.cat([inputs_N, inputs_N.new_zeros(member.min_batch - num_rows, *shape)])
     fed = tuple(inputs_N.shape)
-    try:
+    with _errors_of(member.where, fed, inputs_N.device):
         output: Any = member.module(inputs_N.to(member.input_dtype))
+    return _checked_logits(member.where, output, fed[0])[:num_rows].float()
+
+
+@contextlib.contextmanager
+def _errors_of(where: str, shape: tuple[int, ...], device: torch.device) -> Iterator[None]:
+    """Say in one line what a model's own code made of inputs of a shape."""
+    try:
+        yield
+    except TeacherError:
+        raise
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise TeacherMemoryError(
-                f"{member.where}: expected a batch of {fed[0]} to fit the memory of {inputs_N.device}, got none left; "
+                f"{where}: expected a batch of {shape[0]} to fit the memory of {device}, got none left; "
                 "give a smaller --batch-size"
             ) from error
         raise TeacherError(
-            f"{member.where}: expected a model that takes inputs of shape {fed}, got {last_line(error)}; if the "
-            f"shape is wrong, {_shape_advice(fed[1:])}"
+            f"{where}: expected a model that takes inputs of shape {shape}, got {last_line(error)}; if the "
+            f"shape is wrong, {_shape_advice(shape[1:])}"
         ) from error
-    return _checked_logits(member.where, output, fed[0])[:num_rows].float()
+
+
+def _as_taken(member: Member, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inputs as a member takes them: of its type; position ids only where it takes them."""
+    if len(inputs) == 1:
+        return (inputs[0].to(member.input_dtype),)
+    return inputs if takes_position_ids(member.module) else inputs[:1]
+
+
+def _cut(logits_RC: Tensor, num_classes: int | None) -> Tensor:
+    return logits_RC if num_classes is None else logits_RC[:, :num_classes]
+
+
+def _checked_token_logits(where: str, output: Any, shape: tuple[int, ...]) -> Tensor:
+    """The logits of a language model's output: (N, P, C), or what it has under `logits`."""
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
+        output = output.logits
+    expected = f"logits (N, P, C) of token ids (N, P), here ({shape[0]}, {shape[1]}, C)"
+    if not isinstance(output, Tensor):
+        raise TeacherError(
+            f"{where}: expected {expected}, got a {type(output).__name__}; wrap the model so that it returns its logits"
+        )
+    if output.ndim != 3 or tuple(output.shape[:2]) != shape or not output.dtype.is_floating_point:
+        raise TeacherError(
+            f"{where}: expected {expected}, got {output.dtype} of shape {tuple(output.shape)}; wrap the model so that "
+            "it returns one row of logits a position"
+        )
+    return output
 
 
 def _check_input_shape(member: Member, shape: tuple[int, ...]) -> None:
@@ -285,6 +434,63 @@ def probe_teacher(teacher: Teacher, inputs_N: Tensor) -> Probe:
     if is_sum_one and logits_NC.shape[1] > 1:
         notes.append("the teacher's outputs look like probabilities, not logits: every row is positive and sums to one")
     return Probe(logits_NC.shape[1], tuple(notes))
+
+
+def probe_tokens(teacher: Teacher, samples_N2Q: Tensor, has_several_documents: bool) -> Probe:
+    """Run a language model on a few sequences: the same answer twice, in any company, and none from what comes later.
+
+    Args:
+        teacher: on its device.
+        samples_N2Q: token ids and position ids, int64, on the same device.
+        has_several_documents: whether a sequence of the corpus may hold more than one.
+
+    Raises:
+        TeacherError: it does not give logits of every position, is random, mixes the rows of a batch, looks ahead, or
+            looks from one document into another.
+    """
+    where = teacher.members[0].where
+
+    def said(samples: Tensor) -> Tensor:
+        logits_RC = torch.cat([part.logits_RC for part in teacher.speak_tokens(samples)])
+        return logits_RC.view(len(samples), samples.shape[2] - 1, -1)
+
+    logits_NPC = said(samples_N2Q)
+    if _change(logits_NPC, said(samples_N2Q)) > MAX_CHANGE:
+        raise TeacherError(
+            f"{where}: expected the same logits for the same batch, got others; it draws random numbers, as dropout in "
+            "training mode does: call model.eval() before it is exported"
+        )
+    if _change(logits_NPC[:1], said(samples_N2Q[:1])) > MAX_CHANGE:
+        raise TeacherError(
+            f"{where}: expected logits that do not depend on the other sequences of a batch, got others in other "
+            "company; call model.eval() before it is exported"
+        )
+    half = samples_N2Q.shape[2] // 2
+    changed_N2Q = samples_N2Q.clone()
+    changed_N2Q[:, 0, half:] = samples_N2Q[:, 0, half:].flip(1)
+    if half and _change(logits_NPC[:, :half], said(changed_N2Q)[:, :half]) > MAX_CHANGE:
+        raise TeacherError(
+            f"{where}: expected logits of a position that depend on the tokens up to it, got others when a later token "
+            "changed; give a causal language model"
+        )
+    if has_several_documents and half:
+        _probe_documents(teacher, samples_N2Q, half, said)
+    return Probe(logits_NPC.shape[2], ())
+
+
+def _probe_documents(teacher: Teacher, samples_N2Q: Tensor, half: int, said: Callable[[Tensor], Tensor]) -> None:
+    """Refuse a model that sees one document from another: other tokens in the first must leave the second alone."""
+    two_N2Q = samples_N2Q.clone()
+    ahead = torch.arange(samples_N2Q.shape[2], device=samples_N2Q.device)
+    two_N2Q[:, 1] = torch.where(ahead < half, ahead, ahead - half)
+    other_N2Q = two_N2Q.clone()
+    other_N2Q[:, 0, :half] = two_N2Q[:, 0, half - 1 : half]
+    if _change(said(two_N2Q)[:, half:], said(other_N2Q)[:, half:]) > MAX_CHANGE:
+        raise TeacherError(
+            f"{teacher.members[0].where}: expected a model that sees each document of a packed sequence alone, as its "
+            "position_ids say, got one that looks across; give a model that takes position_ids, or a corpus without "
+            "document boundaries"
+        )
 
 
 def _change(first: Tensor, second: Tensor) -> float:

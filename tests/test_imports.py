@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+MODELS = tuple(f"studenttrain.{name}" for name in ("models", "heads", "language", "gpt", "hf", "hf_files"))
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "torchvision", "timm", "transformers", "matplotlib", "sklearn", "tensorboard", "distributed")
 

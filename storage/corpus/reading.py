@@ -69,11 +69,19 @@ def read_batch(
         raise ValueError(f"rows: expected numbers from 0 to {corpus.num_samples - 1}, got others")
     if len(rows_N) and isinstance(corpus, ReadsRows):
         try:
-            samples = corpus.read_rows(rows_N)
-            return Batch(rows_N, preprocess.apply_rows(samples), _row_digests(samples))
+            return batch_of(rows_N, corpus.read_rows(rows_N), preprocess)
         except SampleError:
             pass  # one of them can't be read: find out which, a row at a time
     return _read_singly(corpus, rows_N, preprocess, pool)
+
+
+def batch_of(rows_N: NDArray[np.int64], samples: Array, preprocess: Preprocess) -> Batch:
+    """Rows whose samples (N, ...) have been read already, C order, little-endian.
+
+    Raises:
+        SampleError: the samples can't be preprocessed.
+    """
+    return Batch(rows_N, preprocess.apply_rows(samples), _row_digests(samples))
 
 
 def _read_singly(corpus: Corpus, rows_N: NDArray[np.int64], preprocess: Preprocess, pool: Executor | None) -> Batch:
@@ -100,6 +108,8 @@ def _read_singly(corpus: Corpus, rows_N: NDArray[np.int64], preprocess: Preproce
 
 def _row_digests(samples: Array) -> NDArray[np.uint64]:
     """Digests of samples (N, ...) in C order, little-endian."""
+    if not len(samples):
+        return np.zeros(0, np.uint64)
     data = np.ascontiguousarray(samples).reshape(-1).view(np.uint8).data
     step, digest = len(data) // len(samples), xxhash.xxh3_64_intdigest
     digests = np.fromiter(

@@ -50,8 +50,8 @@ def test_an_option_out_of_range_is_refused(options: dict[str, Any], message: str
         ({"epochs": 1, "steps": 1}, "epochs, steps: expected one of them, got both"),
         ({"momentum": 0.5}, "momentum: expected the optimizer sgd, got adamw"),
         ({"steps": 10, "warmup_steps": 10}, "warmup_steps: expected fewer than the 10 steps, got 10"),
-        ({"val_labels": "y.npy"}, "val_labels, val_targets: expected val_data beside them"),
-        ({"val_targets": "v.zarr"}, "val_labels, val_targets: expected val_data beside them"),
+        ({"val_labels": "y.npy"}, "val_labels: expected val_data beside them"),
+        ({"data": None, "array": "x"}, "array: expected --data beside it, got none"),
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused(options: dict[str, Any], message: str) -> None:

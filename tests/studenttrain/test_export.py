@@ -18,9 +18,9 @@ from tests.studenttrain.runs import Ground
 CNN = "cnn:1-4-6-3"
 
 
-def make_card(student: str = CNN) -> StudentCard:
+def make_card(student: str = CNN, input_shape: tuple[int, ...] = (1, 7, 6)) -> StudentCard:
     return StudentCard(
-        student, (1, 7, 6), 3, ("a", "b", "c"), {"kind": "image"}, {"digest": "0", "content_digest": None}
+        student, input_shape, 3, ("a", "b", "c"), {"kind": "image"}, {"digest": "0", "content_digest": None}
     )
 
 
@@ -30,7 +30,7 @@ def export(folder: Path, student: str = CNN) -> nn.Module:
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(8, 1, 7, 6))
-    assert export_student(folder, model, make_card(student), torch.zeros(1, 1, 7, 6)) is None
+    assert export_student(folder, model, make_card(student)) is None
     return model
 
 
@@ -81,7 +81,7 @@ class Tied(nn.Module):
 
 def test_tied_weights_are_exported(tmp_path: Path) -> None:
     model = Tied()
-    assert export_student(tmp_path, model, make_card(), torch.zeros(1, 4)) is None
+    assert export_student(tmp_path, model, make_card(input_shape=(4,))) is None
     other = Tied()
     load_weights(tmp_path / "student.safetensors", other)
     assert torch.equal(other.second.weight, model.first.weight)
@@ -97,7 +97,7 @@ class Untraceable(nn.Linear):
 
 def test_a_model_that_can_not_be_traced_still_has_its_weights(tmp_path: Path) -> None:
     (tmp_path / "student.pt2").write_bytes(b"of another student")
-    reason = export_student(tmp_path, Untraceable(4, 4), make_card(), torch.zeros(1, 4))
+    reason = export_student(tmp_path, Untraceable(4, 4), make_card(input_shape=(4,)))
     assert reason is not None
     assert "\n" not in reason
     assert (tmp_path / "student.safetensors").is_file()
@@ -118,7 +118,7 @@ model = nn.Linear(4, 4)
 export.save_weights = lambda *_: None  # so that the program is what meets the end of the disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for act in (
-    lambda: here.export_student(folder, model, here.make_card(), torch.zeros(1, 4)),
+    lambda: here.export_student(folder, model, here.make_card(input_shape=(4,))),
     lambda: save_checkpoint(folder / "checkpoint.pt", {"model": model.state_dict()}),
 ):
     try:

@@ -8,10 +8,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from storage.arrays import Array
-from storage.encodings import Dense, Encoding, TopK
+from storage.encodings import Dense, Encoding, Hidden, Sample, TopK
+from storage.encodings.sample import uniforms
 from storage.encodings.statistics import to_float16
 from teacherdump import sparsify as module
-from teacherdump.sparsify import HAS_NAN, HAS_POSITIVE_INF, NO_CLASS, REFUSAL, build_sparsify, copy_to_host
+from teacherdump.sparsify import (
+    HAS_NAN,
+    HAS_POSITIVE_INF,
+    HIDDEN_NOT_FINITE,
+    NO_CLASS,
+    REFUSAL,
+    TeacherRows,
+    build_sparsify,
+    copy_to_host,
+)
 
 TEMPERATURES = (0.5, 1.0, 3.0, 20.0)
 
@@ -30,7 +40,7 @@ def logits(draw: st.DrawFn) -> Array:
 
 
 def on_device(logits_NC: Array, encoding: Encoding, device: str = "cpu") -> dict[str, Array]:
-    found = build_sparsify(encoding, TEMPERATURES)(torch.from_numpy(logits_NC).to(device), None)
+    found = build_sparsify(encoding, TEMPERATURES)(TeacherRows(torch.from_numpy(logits_NC).to(device)))
     return copy_to_host(found).wait()
 
 
@@ -98,7 +108,7 @@ def test_a_tail_of_padded_classes_only_is_empty() -> None:
     [
         ([1.0, np.nan, 2.0], HAS_NAN),
         ([1.0, np.inf, 2.0], HAS_POSITIVE_INF),
-        ([np.nan, np.inf, 2.0], HAS_NAN + HAS_POSITIVE_INF),
+        ([np.nan, np.inf, 2.0], HAS_NAN),
         ([-np.inf, -np.inf, -np.inf], NO_CLASS),
         ([-np.inf, -np.inf, 0.0], 0),
     ],
@@ -117,7 +127,7 @@ def test_rows_without_a_distribution_are_refused_and_leave_the_others_alone(
 def test_the_log_probability_of_a_hard_target_is_kept_and_nan_where_it_is_unknown() -> None:
     logits_NC = np.array([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0], [0.0, -1e30, 0.0]], np.float32)
     hard_targets_N = torch.tensor([1, -1, 1], dtype=torch.int32)
-    found = build_sparsify(Dense(), (1.0, 4.0))(torch.from_numpy(logits_NC), hard_targets_N)
+    found = build_sparsify(Dense(), (1.0, 4.0))(TeacherRows(torch.from_numpy(logits_NC), hard_targets_N))
     expected = to_float16(np.array([2 - np.log(np.exp([1.0, 2.0, 4.0]).sum()), np.nan, -1e30]))
     np.testing.assert_array_equal(found["hard_target_logprob"].numpy(), expected)
 
@@ -138,3 +148,71 @@ def test_cuda_meets_the_reference(encoding: Encoding) -> None:
     logits_NC[::3] = np.round(logits_NC[::3])  # ties
     logits_NC[1::3, 900:] = -np.inf
     assert_meets_reference(on_device(logits_NC, encoding, "cuda"), logits_NC, encoding)
+
+
+@given(logits_NC=logits(), draws=st.integers(1, 255), temperature=st.sampled_from([0.5, 1.0, 3.0]))
+@settings(deadline=None, max_examples=100)
+def test_draws_equal_the_reference(logits_NC: Array, draws: int, temperature: float) -> None:
+    encoding, uniform_N = Sample(draws, seed=5), uniforms(5, np.arange(len(logits_NC)))
+    rows = TeacherRows(torch.from_numpy(logits_NC), uniform_N=torch.from_numpy(uniform_N))
+    found = copy_to_host(build_sparsify(encoding, (temperature,))(rows)).wait()
+    expected = encoding.encode(logits_NC, (temperature,), uniform_N=uniform_N)
+    assert set(found) == {*expected, REFUSAL}
+    for name in ("ids", "counts"):
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_draws_are_the_same_whatever_rows_go_with_them() -> None:
+    logits_NC = np.random.default_rng(6).normal(size=(64, 300)).astype(np.float32) * 4
+    uniform_N = uniforms(1, np.arange(64))
+    sparsify = build_sparsify(Sample(40, seed=1), (1.0,))
+
+    def drawn(start: int, stop: int) -> dict[str, Array]:
+        rows = TeacherRows(torch.from_numpy(logits_NC[start:stop]), uniform_N=torch.from_numpy(uniform_N[start:stop]))
+        return copy_to_host(sparsify(rows)).wait()
+
+    whole, parts = drawn(0, 64), [drawn(0, 1), drawn(1, 30), drawn(30, 64)]
+    for name, values in whole.items():
+        np.testing.assert_array_equal(values, np.concatenate([part[name] for part in parts]))
+
+
+@pytest.mark.parametrize("values", ["float16", "float32"])
+def test_hidden_states_are_kept_as_they_come_beside_the_statistics_of_the_logits(values: str) -> None:
+    generator = np.random.default_rng(7)
+    logits_NC = generator.normal(size=(5, 9)).astype(np.float32)
+    hidden_NW = generator.normal(size=(5, 4)).astype(np.float32)
+    encoding = Hidden(4, values)  # type: ignore[arg-type]
+    rows = TeacherRows(torch.from_numpy(logits_NC), hidden_NW=torch.from_numpy(hidden_NW))
+    found = copy_to_host(build_sparsify(encoding, (1.0, 2.0))(rows)).wait()
+    expected = encoding.encode(logits_NC, (1.0, 2.0), hidden_NW=hidden_NW)
+    np.testing.assert_array_equal(found["hidden"], expected["hidden"])
+    np.testing.assert_allclose(found["lse"], expected["lse"], rtol=5e-7)
+
+
+def test_a_hidden_state_that_float16_does_not_hold_is_refused() -> None:
+    hidden_NW = torch.tensor([[1.0, 2.0], [1e6, 0.0]])
+    rows = TeacherRows(torch.zeros(2, 3), hidden_NW=hidden_NW)
+    assert build_sparsify(Hidden(2), (1.0,))(rows)[REFUSAL].tolist() == [0, HIDDEN_NOT_FINITE]
+    assert build_sparsify(Hidden(2, "float32"), (1.0,))(rows)[REFUSAL].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("k", [1, 7, 64])
+def test_tails_hold_to_a_thousandth_down_to_a_mass_of_1e_7(k: int) -> None:
+    generator = np.random.default_rng(8)
+    logits_NC = generator.normal(size=(32, 1000)).astype(np.float32)
+    # the rest of row r has a mass of about 10^-(r / 4)
+    top = np.sort(logits_NC, axis=1)[:, -k:].mean(axis=1, keepdims=True)
+    boost = top + np.linspace(0, 18, 32)[:, None].astype(np.float32)
+    np.put_along_axis(logits_NC, np.argsort(-logits_NC, axis=1)[:, :k], boost.astype(np.float32), axis=1)
+    found = on_device(logits_NC, TopK(k))
+    expected = TopK(k).encode(logits_NC, TEMPERATURES)
+    column = TEMPERATURES.index(1.0)
+    assert np.exp(expected["log_tail"][:, column].min()) < 1e-5
+    np.testing.assert_allclose(np.exp(found["log_tail"]), np.exp(expected["log_tail"]), rtol=1e-3)
+
+
+def test_a_tail_too_small_for_the_sum_of_float32_exponentials_is_still_exact() -> None:
+    logits_NC = np.array([[0.0, -150.0, -151.0, -400.0]], np.float32)
+    found = on_device(logits_NC, TopK(1))
+    expected = TopK(1).encode(logits_NC, TEMPERATURES)
+    np.testing.assert_allclose(found["log_tail"], expected["log_tail"], rtol=1e-6)
