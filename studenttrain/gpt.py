@@ -93,13 +93,15 @@ class GPT(nn.Module):
             itself drops nothing, so that it stays on the fast path.
 
     Raises:
-        ValueError: the heads do not divide the width into even parts.
+        ValueError: the width is odd, or the heads do not divide it into even parts.
     """
 
     def __init__(
         self, num_layers: int, width: int, num_classes: int, num_heads: int | None = None, dropout: float = 0.0
     ) -> None:
         super().__init__()
+        if width % 2:
+            raise ValueError(f"width: expected an even number, got {width}; use {width + 1}")
         num_heads = fitting_heads(width) if num_heads is None else num_heads
         if width % (2 * num_heads):
             raise ValueError(

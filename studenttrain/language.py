@@ -42,22 +42,23 @@ def takes_position_ids(model: nn.Module) -> bool:
     return _position_argument(model) is not None
 
 
-def _position_argument(model: nn.Module) -> tuple[int, str] | None:
-    """Place and name of the argument that positions are given by."""
+def _position_argument(model: nn.Module) -> tuple[bool, str] | None:
+    """Whether the argument that positions are given by is the second by place, and its name."""
     model = unwrap(model)
     if isinstance(model, torch.jit.ScriptModule):
         arguments = cast("Any", model.forward).schema.arguments[1:]  # behind self
-        given = [(argument.name, argument.has_default_value()) for argument in arguments]
+        given = [(argument.name, argument.has_default_value(), True) for argument in arguments]
     else:
         variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         given = [
-            (name, parameter.default is not inspect.Parameter.empty)
+            (name, parameter.default is not parameter.empty, parameter.kind is not parameter.KEYWORD_ONLY)
             for name, parameter in inspect.signature(model.forward).parameters.items()
             if parameter.kind not in variable
         ]
-    for place, (name, has_default) in enumerate(given):
-        if place and (name.startswith(POSITION_NAMES) or (place == 1 and not has_default)):
-            return place, name
+    for place, (name, has_default, has_place) in enumerate(given):
+        is_second = place == 1 and has_place
+        if place and (name.startswith(POSITION_NAMES) or (is_second and not has_default)):
+            return is_second, name
     return None
 
 
@@ -75,8 +76,8 @@ def sequence_output(
     argument = None if position_ids_NP is None else _position_argument(model)
     if argument is None:
         return model(token_ids_NP, **options)
-    place, name = argument
-    if place == 1:  # an exported program takes what it was exported with by place only
+    is_second, name = argument
+    if is_second:  # an exported program takes what it was exported with by place only
         return model(token_ids_NP, position_ids_NP, **options)
     return model(token_ids_NP, **{name: position_ids_NP}, **options)
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from storage.errors import StudentError
+from studenttrain.gpt import GPT
+from studenttrain.language import is_language_model_spec
 from studenttrain.models import CNN, MLP, build_model
 
 CODE = """
@@ -50,6 +52,31 @@ class Noisy(nn.Module):
 
 class outer:
     inner = staticmethod(fixed)
+
+class Bigram(nn.Embedding):
+    def __init__(self, num_classes=9):
+        super().__init__(num_classes, num_classes)
+
+class InAnObject(Bigram):
+    def forward(self, token_ids, attention_mask=None, position_ids=None):
+        assert attention_mask is None and position_ids.shape == token_ids.shape
+        return type("Output", (), {"logits": super().forward(token_ids)})
+
+class OfTheLast(Bigram):
+    def forward(self, token_ids, positions):
+        assert positions.dtype == torch.int64
+        return super().forward(token_ids)[:, -1]
+
+class WrongHead(nn.Linear):
+    def __init__(self):
+        super().__init__(6, 4)
+
+    def hidden(self, inputs):
+        return inputs
+
+    def output_head(self):
+        from studenttrain.heads import Head
+        return Head(self.weight)
 """
 
 
@@ -159,6 +186,18 @@ def test_built_in_models_can_be_exported_and_scripted(spec: str) -> None:
         ),
         ("cnn:3-4-5,dropout=0.1", None, None, "expected no options, got 'dropout=0.1'"),
         ("no such:thing", None, None, "expected a spec such as"),
+        ("gpt:2", 9, None, "expected LAYERSxWIDTH, as in gpt:4x128, got '2'; write both as numbers above 0"),
+        ("gpt:0x8", 9, None, "expected LAYERSxWIDTH, as in gpt:4x128, got '0x8'"),
+        ("gpt:1x8,depth=2", 9, None, "expected each of the options heads, vocab, dropout at most once, got 'depth=2'"),
+        ("gpt:1x8,heads=2,heads=2", 9, None, "at most once, got 'heads=2'"),
+        ("gpt:1x8,heads=x", 9, None, "expected heads above 0, got 'x'; write a number, such as heads=2"),
+        ("gpt:1x8,heads=3", 9, None, "heads: expected a number that divides width 8 into even parts, got 3"),
+        ("gpt:1x8,vocab=0", 9, None, "expected vocab above 0, got '0'"),
+        ("gpt:1x8,dropout=1", 9, None, "expected dropout from 0 to below 1, got '1'"),
+        ("gpt:1x8", None, None, "expected a number of vocabulary entries, got none; add it: gpt:1x8,vocab=256"),
+        ("gpt:1x8,vocab=8", 9, None, "expected at least 9 vocabulary entries, got 8; use vocab=9"),
+        ("gpt:1x8", 9, (1, 4, 4), "expected a model of inputs of shape 1x4x4, got one of token ids; use mlp:16-"),
+        ("hf:no/such/folder", 9, None, "expected a folder with a config.json, .*, got nothing there"),
     ],
 )
 def test_a_spec_that_does_not_fit_is_refused_with_what_would(
@@ -242,3 +281,70 @@ def test_timm_models_get_the_classes_and_the_channels() -> None:
     assert model.eval()(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
     with pytest.raises(StudentError, match="expected a model that timm knows, got 'resnet_18'; did you mean "):
         build_model("timm:resnet_18")
+
+
+# Language models
+
+
+def test_a_gpt_has_the_size_of_its_spec() -> None:
+    model = build_model("gpt:2x32,heads=4,dropout=0.1", 9, num_positions=6)
+    assert isinstance(model, GPT)
+    assert (len(model.blocks), model.width, model.num_heads, model.dropout) == (2, 32, 4, 0.1)
+    assert model(torch.zeros(3, 6, dtype=torch.int64)).shape == (3, 6, 9)
+    for spec, num_classes in (("gpt:1x8,vocab=12", None), ("gpt:1x8,vocab=12", 9)):  # what is more only pads it
+        padded = build_model(spec, num_classes, (2, 7), num_positions=6)
+        assert padded(torch.zeros(3, 6, dtype=torch.int64)).shape == (3, 6, 12)
+
+
+def test_which_specs_say_that_they_are_language_models() -> None:
+    assert [is_language_model_spec(spec) for spec in ("gpt:4x128", "hf:folder", "mlp:4-2", "own:gpt", "timm:hf")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("spec", ["mlp:12-9", "cnn:1-4-9", "timm:resnet18"])
+def test_a_model_of_images_is_refused_for_tokens(spec: str) -> None:
+    message = "expected a language model, for token ids, got one of other inputs; use gpt:4x128, hf:DIR or your own"
+    with pytest.raises(StudentError, match=message):
+        build_model(spec, 9, num_positions=6)
+
+
+@pytest.mark.parametrize("spec", ["own_models:Bigram", "own_models:InAnObject"])
+def test_a_language_model_of_the_current_folder_gives_logits_of_every_position(spec: str, here: Path) -> None:
+    assert isinstance(build_model(spec, 9, num_positions=6), nn.Module)
+    assert isinstance(build_model(spec, 9, (2, 7), 6), nn.Module)
+    assert isinstance(build_model(spec, num_positions=6), nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_classes", "message"),
+    [
+        (
+            "own_models:OfTheLast",
+            9,
+            r"logits of shape \(N, 6, 9\) for int64 token ids \(N, 6\), got shape \(1, 9\) of f",
+        ),
+        ("own_models:Pair", 9, r"for int64 token ids \(N, 6\), got a tuple; return the logits of every position"),
+        ("own_models:fixed", 4, r"expected a model that takes int64 token ids of shape \(N, 6\), got RuntimeError"),
+        (
+            "own_package.nets:wide",
+            9,
+            r"logits of shape \(N, 6, 9\) .*, got shape \(N, 6, 8\); give it 9 vocabulary entri",
+        ),
+    ],
+)
+def test_what_is_no_language_model_is_refused(spec: str, num_classes: int, message: str, here: Path) -> None:
+    (here / "own_package" / "nets.py").write_text(CODE + "\nwide = lambda: Bigram(8)\n")
+    with pytest.raises(StudentError, match=message) as caught:
+        build_model(spec, num_classes, num_positions=6)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_that_does_not_make_the_logits_is_refused(here: Path) -> None:
+    message = r"expected output_head\(\).logits\(hidden\(...\)\) to equal its logits, got others, by \S+ of the largest"
+    with pytest.raises(StudentError, match=message):
+        build_model("own_models:WrongHead", 4, (6,))
