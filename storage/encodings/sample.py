@@ -130,8 +130,11 @@ def systematic_counts(
     exps_NC = np.exp(np.asarray(values_NC, np.float64) / temperature)
     cdf_NC = np.cumsum(exps_NC, axis=1)
     cdf_NC /= cdf_NC[:, -1:]  # the last one is 1, whatever was rounded
-    below_NC = np.clip(np.ceil(draws * cdf_NC - uniform_N[:, None]), 0, draws).astype(np.int64)
-    below_NC[:, -1] = draws
+    # ceil(draws F - u), and right also where that difference would be rounded to a whole number: a class without
+    # probability is never drawn
+    cdf_NC *= draws
+    whole_NC = np.floor(cdf_NC)
+    below_NC = whole_NC.astype(np.int64) + (cdf_NC - whole_NC > uniform_N[:, None])
     counts_NC: NDArray[np.int64] = np.diff(below_NC, axis=1, prepend=0)
     return counts_NC
 
@@ -139,8 +142,8 @@ def systematic_counts(
 def uniforms(seed: int, rows_N: Array, num_positions: int = 1) -> NDArray[np.float64]:
     """The random numbers of some rows, float64 in [0, 1), (N * P,): a function of seed, row and position alone.
 
-    Word t of Philox4x64-10 with the key (seed, row) and the counter at 0, its upper 53 bits: raw output, which no
-    release of numpy changes. Source: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3.
+    Word t of Philox4x64-10 with the key (seed, row), its upper 53 bits: raw output, which no release of numpy changes;
+    its counter is 1 for the first four words. Source: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3.
 
     Args:
         seed: of the encoding.

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.encodings import Dense, TopK
+from storage.encodings import Dense, Sample, TopK
 from storage.errors import DamageError, FormatVersionError
 from storage.manifest import Manifest
 from storage.records import content_digest, manifest_bytes, parse_manifest
-from tests.contracts.small import ENCODINGS, small_manifest
+from storage.sequences import Sequences
+from tests.contracts.small import ENCODINGS, LATER, small_manifest
+from tests.storage.soft_targets import hidden_encoding, sequences_of
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -20,19 +22,42 @@ json_values = st.recursive(
     max_leaves=8,
 )
 objects = st.dictionaries(st.text(), json_values, max_size=4)
-manifests = st.builds(
+
+common: dict[str, Any] = {
+    "num_rows": st.integers(1, 10**9),
+    "teacher": objects,
+    "corpus": objects,
+    "preprocess": objects,
+    "provenance": objects,
+    "compressor": st.sampled_from(["none", "zstd"]),
+    "lineage": st.none() | st.lists(objects, max_size=2).map(tuple),
+}
+classified = st.builds(
     small_manifest,
-    num_rows=st.integers(1, 10**9),
+    **common,
     num_classes=st.integers(5, 10**5),
     encoding=st.sampled_from(list(ENCODINGS.values())),
     temperatures=st.sets(st.floats(0.01, 100), min_size=1, max_size=4).map(lambda values: tuple(sorted(values))),
-    teacher=objects,
-    corpus=objects,
-    preprocess=objects,
-    provenance=objects,
     has_hard_targets=st.booleans(),
-    compressor=st.sampled_from(["none", "zstd"]),
 )
+sequences = st.builds(
+    Sequences,
+    num_positions=st.integers(1, 5000),
+    has_tokens=st.booleans(),
+    tokenizer=st.none() | st.text(),
+    num_padded=st.integers(0, 100),
+    extra=st.dictionaries(st.text(min_size=1).map("x-".__add__), json_values, max_size=2),
+)
+later = st.sampled_from(sorted(LATER)).flatmap(
+    lambda name: st.builds(
+        small_manifest,
+        **common,
+        encoding=st.just(LATER[name]["encoding"]),
+        temperatures=st.just(LATER[name].get("temperatures", (1.0, 4.0))),
+        sequences=sequences if "sequences" in LATER[name] else st.none(),
+    )
+)
+manifests = classified | later
 
 
 @given(manifests)
@@ -50,6 +75,42 @@ def test_what_a_later_minor_version_adds_is_kept_and_told_in_the_content_digest(
     said = {name: value[name] for name in value if name not in ("provenance", "compressor", "chunk_rows")}
     assert read.identity() == said
     assert content_digest(read, []) != content_digest(manifest, [])
+
+
+ORIGIN = {"content_digest": "ab" * 32, "encoding": {"name": "dense", "values": "float16"}, "temperatures": [1.0]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "version"),
+    [
+        ({}, "1.0"),
+        ({"encoding": Dense()}, "1.0"),
+        ({"lineage": (ORIGIN,)}, "1.1"),
+        ({"sequences": sequences_of()}, "1.1"),
+        ({"encoding": Sample(3), "temperatures": (1.0,)}, "1.1"),
+        ({"encoding": hidden_encoding(5)}, "1.1"),
+    ],
+)
+def test_a_store_is_of_the_lowest_version_that_has_all_that_it_keeps(fields: dict[str, Any], version: str) -> None:
+    value = small_manifest(**fields).to_json()
+    assert value["format_version"] == version
+    assert set(value) & {"sequences", "lineage"} == set(fields) & {"sequences", "lineage"}
+    assert value["encoding"].get("per") == ("position" if "sequences" in fields else None)
+
+
+def test_lineage_and_sequences_are_part_of_the_content_digest() -> None:
+    manifests = [
+        small_manifest(has_hard_targets=False, **fields)
+        for fields in (
+            {},
+            {"lineage": (ORIGIN,)},
+            {"lineage": (ORIGIN, ORIGIN)},
+            {"sequences": sequences_of(5)},
+            {"sequences": sequences_of(5, tokenizer=None)},
+            {"sequences": sequences_of(5, extra={"later": 1})},
+        )
+    ]
+    assert len({content_digest(manifest, []) for manifest in manifests}) == 6
 
 
 def test_whole_numbers_as_temperatures_give_the_same_bytes() -> None:
@@ -82,6 +143,22 @@ def test_packing_and_provenance_are_no_part_of_the_content_digest() -> None:
         ({"compressor": "lz4"}, "compressor: expected none or zstd, got 'lz4'"),
         ({"encoding": TopK(6)}, r"k: expected at most the number of classes \(5\), got 6; use a smaller k"),
         (
+            {"encoding": Sample(3)},
+            "temperatures: expected one for sample, which draws at it, got 2; declare the one that",
+        ),
+        (
+            {"sequences": sequences_of(), "class_names": tuple("abcde")},
+            "sequences: expected neither class names nor hard targets beside them, got some",
+        ),
+        (
+            {"sequences": sequences_of(), "has_hard_targets": True},
+            "sequences: expected neither class names nor hard targets beside them, got some",
+        ),
+        (
+            {"encoding": Dense(), "num_classes": 50_257, "sequences": sequences_of(8192), "chunk_rows": 4},
+            "got 3,293,642,752 in 'values'; use fewer rows a chunk",
+        ),
+        (
             {"encoding": Dense("float32"), "num_classes": 10**6, "chunk_rows": 1024, "shard_rows": 1024},
             "chunk_rows: expected chunks of at most 2,147,483,584 bytes, got 4,096,000,000 in 'values'; use fewer rows",
         ),
@@ -106,9 +183,26 @@ def test_stored_manifests_that_can_not_be_are_damage() -> None:
         Manifest.from_json(value | {"num_rows": 0})
     with pytest.raises(DamageError, match="manifest: expected a valid 'corpus'; take another copy"):
         Manifest.from_json({name: value[name] for name in value if name != "corpus"})
-    for wrong in ({"num_rows": "many"}, {"temperatures": 1}, {"class_names": 3}, {"encoding": 3}):
+    for wrong in ({"num_rows": "many"}, {"temperatures": 1}, {"class_names": 3}, {"encoding": 3}, {"lineage": [3]}):
         with pytest.raises(DamageError, match="manifest: expected a valid"):
             Manifest.from_json(value | wrong)
+    value = small_manifest(sequences=sequences_of()).to_json()
+    for wrong in ({"sequences": None}, {"sequences": {}}, {"sequences": value["sequences"] | {"num_positions": 0}}):
+        with pytest.raises(DamageError, match="manifest: expected a valid"):
+            Manifest.from_json(value | wrong)
+
+
+def test_sequences_and_what_makes_a_reader_of_1_0_refuse_them_come_together() -> None:
+    value = small_manifest(sequences=sequences_of()).to_json()
+    plain = {name: value["encoding"][name] for name in ("name", "k", "values")}
+    assert value["encoding"] == plain | {"per": "position"}
+    for encoding in (plain, plain | {"per": "row"}):
+        with pytest.raises(DamageError, match='encoding: "per": "position" beside sequences; take another copy'):
+            Manifest.from_json(value | {"encoding": encoding})
+    with pytest.raises(
+        FormatVersionError, match=r"that this release knows, got \['k', 'per', 'values'\]; install a new"
+    ):
+        Manifest.from_json({name: value[name] for name in value if name != "sequences"})
 
 
 def test_newer_formats_and_encodings_are_refused() -> None:
@@ -129,6 +223,16 @@ def test_differences_name_fields_and_both_values() -> None:
     assert found[1].startswith('teacher.digest: the store has "aaaa')
     assert found[1].endswith('..., this run "b"')
     assert len(found) == 2
+    sequences = replace(mine, has_hard_targets=False, sequences=sequences_of(5))
+    longer = replace(sequences, sequences=sequences_of(6, tokenizer="x"))
+    assert sequences.differences(longer) == [
+        "sequences.num_positions: the store has 5, this run 6",
+        f'sequences.tokenizer: the store has "{"ef" * 32}", this run "x"',
+    ]
+    other = small_manifest(encoding=hidden_encoding(5))
+    assert other.differences(small_manifest(encoding=replace(hidden_encoding(5), head_sha256="x")))[0].startswith(
+        "encoding.head_sha256: the store has "
+    )
 
 
 def test_a_manifest_is_json_that_a_person_can_read() -> None:
