@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from storage.errors import StoreError
 if TYPE_CHECKING:
     from storage.scan import Stats, VerifyResult
 
+COMMANDS = "logitstore.commands"  # group of entry points: commands that other packages bring
 SHOWN_DAMAGE = 20
 SHOWN_CLASSES = 10
 SHOWN_REASONS = 10
@@ -24,7 +26,30 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 THREADS = click.option("--threads", type=click.IntRange(1), help="Threads; by default one for each core.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class WithCommands(click.Group):
+    """A group whose own commands are joined by those that other packages registered, loaded when they are asked for.
+
+    A package registers one as an entry point of `logitstore.commands`. One that can't be imported is not there.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands, in order."""
+        found = {point.name for point in entry_points(group=COMMANDS)}
+        return sorted({*super().list_commands(ctx), *(name for name in found if self.get_command(ctx, name))})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name; the group's own come first."""
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        for point in entry_points(group=COMMANDS, name=cmd_name):
+            with contextlib.suppress(ImportError):
+                command = point.load()
+                return command if isinstance(command, click.Command) else None
+        return None
+
+
+@click.group(cls=WithCommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="logitstore", prog_name="logitstore")
 def main() -> None:
     """Look at a store of soft targets, check it, finalize it, convert it."""

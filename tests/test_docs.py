@@ -8,6 +8,14 @@ import click
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+def commands_of(group: click.Group) -> list[click.Command]:
+    """A group's commands, those that another package brings among them."""
+    context = click.Context(group)
+    return [command for name in group.list_commands(context) if (command := group.get_command(context, name))]
+
+
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "storage" / "FORMAT.md"])
 COMMANDS = [
     (program, command)
@@ -16,7 +24,7 @@ COMMANDS = [
         ("studenttrain", "studenttrain.cli"),
         ("logitstore", "storage.cli"),
     )
-    for command in importlib.import_module(module).main.commands.values()
+    for command in commands_of(importlib.import_module(module).main)
 ]
 
 

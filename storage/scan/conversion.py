@@ -1,5 +1,6 @@
 """Write what a store says into another place, packed another way."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def convert(
                 "finish the dump, or finalize at what is sealed: logitstore finalize --partial"
             )
         manifest = _target_manifest(store, compressor)
-        _check_target(Path(source), Path(target), manifest)
+        check_target(Path(source), Path(target), "conversion", lambda there: _origin(there) == digest)
         advance = one_at_a_time(progress)
         with sole_run(target), StoreWriter.open(target, manifest, store.head()) as writer:
             _copy(store, writer, num_workers, advance)
@@ -88,8 +89,26 @@ def _target_manifest(store: Store, compressor: Compressor | None) -> Manifest:
     return replace(manifest, compressor=compressor or manifest.compressor, provenance=provenance)
 
 
-def _check_target(source: Path, target: Path, manifest: Manifest) -> None:
-    """Refuse a target that holds anything but the beginning, or the whole, of this conversion."""
+def _origin(manifest: Manifest) -> str | None:
+    """The content digest of the store that one was converted from; None where it was not."""
+    origin = manifest.provenance.get(CONVERTED_FROM)
+    digest = origin.get("content_digest") if isinstance(origin, dict) else None
+    return digest if isinstance(digest, str) else None
+
+
+def check_target(source: Path, target: Path, what: str, is_begun: Callable[[Manifest], bool]) -> None:
+    """Refuse a target that holds anything but the beginning, or the whole, of what is being written there.
+
+    Args:
+        source: the store that is read.
+        target: where another is written.
+        what: is being done, such as `conversion`.
+        is_begun: whether the manifest of a store at the target is of just this.
+
+    Raises:
+        PathError: the target is the source, or in it.
+        MismatchError: the target is another store.
+    """
     inside = source.resolve()
     if target.resolve() == inside or inside in target.resolve().parents:
         raise PathError(f"{target}: expected a path outside {source}, got one in it; give another path")
@@ -101,11 +120,9 @@ def _check_target(source: Path, target: Path, manifest: Manifest) -> None:
     except PathError:
         return  # nothing, or arrays without a manifest: the writer takes it or refuses it
     with there:
-        origin = there.manifest.provenance.get(CONVERTED_FROM)
-        expected = manifest.provenance[CONVERTED_FROM]["content_digest"]
-        if not isinstance(origin, dict) or origin.get("content_digest") != expected:
+        if not is_begun(there.manifest):
             raise MismatchError(
-                f"{target}: expected nothing, or this conversion begun, got another store; give another path"
+                f"{target}: expected nothing, or this {what} begun, got another store; give another path"
             )
 
 

@@ -251,13 +251,13 @@ def mass_bound(manifest: Manifest, rows: Arrays, temperature: float) -> Array | 
 
     With values off by d, log sum exp(v / T) is off by at most log sum p exp(|d| / T). For float16,
     |d| <= 2^-11 |v| + 2^-25, and sum p |v| / T is the entropy less lse, so at most log C. For uint8, |d| <= R / 510,
-    save for -inf, which is read as -R.
+    save for -inf, which is read as -R. What a store was transcoded from adds its own: a tail may have taken it over.
     """
+    before = {origin["encoding"].get("values") for origin in manifest.lineage or ()}
+    float16_bound = 2**-10 * math.log(manifest.num_classes) + 2**-24 / temperature
     if rows["values"].dtype == np.uint8:
         range_N = rows["value_range"].astype(np.float64) / temperature
-        num_lowest_N = (rows["values"] == 255).sum(axis=1)
+        num_lowest_N = manifest.num_classes if "uint8" in before else (rows["values"] == 255).sum(axis=1)
         bound: Array = ROUNDING + range_N / 510 + np.log1p(num_lowest_N * np.exp(-range_N))
-        return bound
-    if rows["values"].dtype == np.float16:
-        return ROUNDING + 2**-10 * math.log(manifest.num_classes) + 2**-24 / temperature
-    return ROUNDING
+        return bound + float16_bound if "float16" in before else bound
+    return ROUNDING + float16_bound if rows["values"].dtype == np.float16 else ROUNDING

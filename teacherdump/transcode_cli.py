@@ -1,0 +1,55 @@
+"""`logitstore transcode`: found by `logitstore` through an entry point, since storage knows nothing of torch."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from storage.console import command_errors, format_bytes, format_count, progress
+from storage.encodings.values import ValueType
+from storage.manifest import Compressor
+from teacherdump.config import ENCODINGS
+
+
+@click.command("transcode")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--encoding", type=click.Choice(ENCODINGS), help="Of the new store; by default as it was.")
+@click.option("--k", type=int, metavar="N", help="Entries that topk keeps.")
+@click.option("--draws", type=int, metavar="N", help="Draws that sample takes of a row, 1 to 255.")
+@click.option("--seed", type=int, metavar="N", help="Of the draws; default: 0.")
+@click.option(
+    "--temperature",
+    "temperatures",
+    type=float,
+    multiple=True,
+    metavar="T",
+    help="Declare a temperature; repeat for more. Default: those of the source, and for sample 1.",
+)
+@click.option(
+    "--values",
+    type=click.Choice(get_args(ValueType)),
+    help="How a logit, or a hidden state, is stored; default: as it was, and at most float16 where the encoding changes.",
+)
+@click.option(
+    "--compressor", type=click.Choice(get_args(Compressor)), help="Default: zstd for topk and sample, else none."
+)
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda or cuda:N.")
+def transcode_command(source: Path, target: Path, **options: Any) -> None:
+    """Write a finalized store to TARGET in a smaller encoding, without the teacher. Run again, it goes on."""
+    with command_errors():
+        from storage.reader import open_store
+        from teacherdump.transcode import TranscodeOptions, transcode
+
+        chosen = TranscodeOptions(**options)
+        with open_store(source) as store:
+            num_rows = store.num_sealed_rows
+        with progress(2 * num_rows, "rows", "transcoding") as bar:
+            result = transcode(source, target, chosen, progress=bar.advance)
+        for note in result.notes:
+            click.echo(f"note: {note}", err=True)
+        click.echo(
+            f"{result.path}: {format_count(result.num_rows)} rows, {format_bytes(result.num_bytes)} "
+            f"({format_bytes(result.source_bytes)} before)\n"
+            f"content digest {result.content_digest}, made of {result.source_digest}"
+        )
