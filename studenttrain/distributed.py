@@ -47,6 +47,10 @@ class World:
                 dist.all_reduce(values)
         return values
 
+    def sum_numbers(self, values: list[int]) -> list[int]:
+        """The sums of whole numbers over all ranks, the same on each."""
+        return values if self.size == 1 else self.sum(torch.tensor(values)).tolist()
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model, with its gradients averaged over the ranks where there are several."""
         if self.size == 1:

@@ -157,7 +157,7 @@ def train(  # noqa: C901 - the loop is to be read in one piece
                     # all ranks must save, and stop, after the same step: what they wish is added up with their counts
                     mine = count_rows(group, objective, hard_targets)
                     sums = [mine.rows, mine.hard, int(saver.is_due()), request.signal if world.is_main else 0]
-                    *counted, is_due, signal = world.sum(torch.tensor(sums)).tolist()
+                    *counted, is_due, signal = world.sum_numbers(sums)
                     counts = Counts(*counted)
                     lr = learning_rate(config.lr, config.schedule, learner.step, total_steps, config.warmup_steps)
                     losses = train_step(

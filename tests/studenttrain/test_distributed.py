@@ -82,6 +82,7 @@ def test_an_error_on_the_first_rank_ends_the_others(tmp_path: Path) -> None:
 def test_alone_there_is_nothing_to_wait_for() -> None:
     values = torch.arange(3)
     assert ALONE.sum(values) is values
+    assert ALONE.sum_numbers([1, 2]) == [1, 2]
     assert ALONE.gather(values) == [values]
     assert ALONE.from_main("said") == "said"
     done = []
