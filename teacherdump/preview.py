@@ -5,15 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
-
 from storage.console import format_bytes, format_count, format_duration, format_rate
-from storage.corpus import read_batch
 from storage.errors import MismatchError
 from storage.reader import open_store
 from teacherdump.config import DumpConfig
-from teacherdump.dump import Job
+from teacherdump.dump import Job, read_one, sparsified
 from teacherdump.plan import Limits, batches, estimate
 from teacherdump.source import Say, open_source, prepare
 from teacherdump.sparsify import build_sparsify, copy_to_host
@@ -143,10 +139,9 @@ def time_batches(job: Job, shard: int, least_s: float) -> float:
         while num_rows <= 0 or read_s + teacher_s < least_s:
             start, stop = bounds[position % len(bounds)]
             begin = time.perf_counter()
-            batch = read_batch(job.corpus, np.arange(start, stop), job.preprocess, pool)
+            read = read_one(job, shard, start, stop, pool)
             between = time.perf_counter()
-            logits_NC = job.teacher(torch.from_numpy(batch.inputs).to(job.teacher.device))
-            copy_to_host(sparsify(logits_NC, None)).wait()
+            copy_to_host(sparsified(job, read, sparsify)).wait()
             end = time.perf_counter()
             position += 1
             if num_rows < 0:  # the first batch pays for what is done once
