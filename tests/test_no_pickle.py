@@ -4,12 +4,14 @@ import ast
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from storage.writer import StoreWriter
-from tests.contracts.small import ON_DISK, compressor_of, path_of, small_manifest, write
+from tests.contracts.small import LATER, ON_DISK, compressor_of, names_of, path_of, small_manifest, write
+from tests.storage.soft_targets import head_for
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -33,25 +35,33 @@ def test_storage_uses_no_pickle() -> None:
     assert found == []
 
 
+KEPT: dict[str, dict[str, Any]] = {"topk": {}, "hidden": LATER["hidden-sequences"]}
+
+
+@pytest.mark.parametrize("name", KEPT)
 @pytest.mark.parametrize("kind", ON_DISK)
 def test_writing_and_reading_a_store_pickles_nothing(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("expected no pickle, got one")
 
-    for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
-        monkeypatch.setattr(pickle, name, refuse)
-    with StoreWriter.open(path_of(kind, tmp_path), small_manifest(compressor=compressor_of(kind))) as writer:
+    for function in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
+        monkeypatch.setattr(pickle, function, refuse)
+    manifest = small_manifest(**KEPT[name], compressor=compressor_of(kind))
+    with StoreWriter.open(path_of(kind, tmp_path), manifest, head_for(manifest)) as writer:
         write(writer)
         writer.finalize()
-        writer.store.read(["values"], 0, 22)
+        writer.store.read(names_of(manifest), 0, 22)
+        assert (writer.store.head() is None) == (name == "topk")
 
 
+@pytest.mark.parametrize("name", KEPT)
 @pytest.mark.parametrize("kind", ON_DISK)
-def test_no_file_of_a_store_is_or_holds_a_pickle(kind: str, tmp_path: Path) -> None:
+def test_no_file_of_a_store_is_or_holds_a_pickle(kind: str, name: str, tmp_path: Path) -> None:
     path = path_of(kind, tmp_path)
-    with StoreWriter.open(path, small_manifest(compressor=compressor_of(kind))) as writer:
+    manifest = small_manifest(**KEPT[name], compressor=compressor_of(kind))
+    with StoreWriter.open(path, manifest, head_for(manifest)) as writer:
         write(writer)
         writer.finalize()
     for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
@@ -60,5 +70,8 @@ def test_no_file_of_a_store_is_or_holds_a_pickle(kind: str, tmp_path: Path) -> N
         assert b"numpy._core" not in data
         assert b"builtins" not in data
         assert not data.startswith(tuple(bytes([0x80, protocol]) for protocol in range(2, 6)))
+        if file.suffix == ".npy":  # the head: plain floats
+            assert np.load(io.BytesIO(data), allow_pickle=False).dtype.kind == "f"
+            continue
         with pytest.raises(Exception, match=r".*"):
             np.load(io.BytesIO(data), allow_pickle=False)

@@ -10,10 +10,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from storage.cli import main
-from storage.encodings import Dense, TopK
+from storage.encodings import Dense, Encoding, Sample, TopK
 from storage.reader import open_store
 from storage.records import MANIFEST
 from tests.storage.scan_stores import manifest_of, write_store
+from tests.storage.soft_targets import hidden_encoding, sequences_of
 
 INFO_KEYS = {
     "content_digest",
@@ -104,6 +105,70 @@ def test_info_shortens_long_lists_of_names(tmp_path: Path) -> None:
     assert "classes   5\n" in text
     assert "finalized at a part of its rows" in text
     assert "dense float16, any T (statistics at 1, 4)" in text
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [
+        (TopK(4), "topk k=4 float16, exact at T = 1, 4"),
+        (Sample(50, 3), "sample 50 draws at T = 1"),
+        (Sample(1), "sample 1 draw at T = 1"),
+        (hidden_encoding(3000, 4), "hidden 4 x float16 + head 3,000 x 4, any T (statistics at 1, 4)"),
+        (
+            hidden_encoding(3000, 4, values="float32", scale=0.5, soft_cap=30.0, has_bias=True),
+            "hidden 4 x float32 + head 3,000 x 4 and bias, scale 0.5, soft cap 30, any T (statistics at 1, 4)",
+        ),
+    ],
+)
+def test_info_of_sequences_reads_well(tmp_path: Path, encoding: Encoding, said: str) -> None:
+    manifest = manifest_of(num_rows=6, num_classes=3000, encoding=encoding, sequences=sequences_of(16))
+    path = write_store(tmp_path / "a.zarr", manifest)
+    lines = run("info", path).stdout.splitlines()
+    assert 8 <= len(lines) <= 12
+    assert all(len(line) <= 120 for line in lines[1:])
+    text = "\n".join(lines)
+    assert f"encoding  {said}\n" in text
+    assert "rows      6, sequences of 16: 96 positions, 1 rows without targets" in text
+    assert "vocabulary 3,000, 2 more outputs of the teacher cut off, tokenizer efefefefefefefef, stored" in text
+    assert "bytes a position" in text
+    assert "format 1.1" in text
+    figures = json.loads(run("info", path, "--json").stdout)
+    assert (figures["num_positions"], figures["sequences"]) == (16, sequences_of(16).to_json())
+    assert figures["encoding"] == encoding.to_json()
+
+
+def test_info_tells_what_is_not_there_and_where_rows_came_from(tmp_path: Path) -> None:
+    origins = [{"content_digest": "12" * 32, "encoding": {"name": "dense", "values": "float16"}}, {}]
+    sequences = sequences_of(2, has_tokens=False, tokenizer=None, num_padded=0)
+    manifest = manifest_of(encoding=TopK(2), sequences=sequences, lineage=tuple(origins))
+    path = write_store(tmp_path / "a.zarr", manifest)
+    text = run("info", path).stdout
+    assert "tokens    vocabulary 5, tokenizer not known, not stored: a student needs the corpus\n" in text
+    assert "lineage   from dense digest 1212121212121212, from a store\n" in text
+    assert json.loads(run("info", path, "--json").stdout)["lineage"] == origins
+    empty = write_store(tmp_path / "b.zarr", manifest_of(sequences=sequences), shards=0, finalize=False)
+    assert "0 of 22 sealed, sequences of 2: 0 positions" in run("info", empty).stdout
+    figures = json.loads(run("info", write_store(tmp_path / "c.zarr", manifest_of()), "--json").stdout)
+    assert (figures["num_positions"], figures["sequences"], figures["lineage"]) == (1, None, None)
+
+
+def test_stats_of_sequences_are_of_tokens(tmp_path: Path) -> None:
+    encoding = hidden_encoding(3000, 4)
+    manifest = manifest_of(num_rows=6, num_classes=3000, encoding=encoding, sequences=sequences_of(16))
+    path = write_store(tmp_path / "a.zarr", manifest)
+    result = run("stats", path)
+    assert result.exit_code == 0
+    figures = json.loads(run("stats", path, "--json").stdout)
+    num_tokens = figures["num_tokens"]
+    assert num_tokens == sum(figures["top1_counts"]) < 5 * 16
+    assert f"tokens           {num_tokens} of 96 positions; the others are masked" in result.stdout
+    assert "next token met" in result.stdout
+    assert "nats on the next tokens" in result.stdout
+    assert "and 2,990 ids more" in result.stdout
+    assert "bytes a token    " in result.stdout
+    assert "head             24.1 kB, once" in result.stdout
+    assert "class" not in result.stdout
+    assert run("verify", path).exit_code == 0
 
 
 def test_verify_says_that_nothing_is_damaged(store: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from storage.arrays import Array, smallest_uint
-from storage.encodings import Dense, Encoding, TopK, check_temperature, encoding_from_json
+from storage.encodings import Dense, Encoding, Hidden, Sample, TopK, check_temperature, encoding_from_json
 from storage.encodings.dense import loaded_values
 from storage.encodings.statistics import logsumexp
 from storage.encodings.values import ValueType
@@ -114,19 +114,20 @@ def test_a_smaller_k_is_a_prefix_whose_tail_takes_in_what_was_dropped(logits_NC:
             np.testing.assert_allclose(small["log_tail"][:, column], tail, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tail", [2.5e-3, 4.5e-5, 1e-9, 1e-30])
-def test_the_tail_is_exact_where_one_minus_the_kept_mass_is_not(tail: float) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("tail", [2.5e-3, 4.5e-5, 1e-7, 1e-9, 1e-30])
+def test_the_tail_is_exact_where_one_minus_the_kept_mass_is_not(tail: float, temperature: float) -> None:
     """The two tails of the formulas' warning: from float16 values, 1 - sum is off by about 4 % and 200 %."""
     generator = np.random.default_rng(0)
     kept = generator.normal(0, 1.5, (200, 8))
     rest = generator.normal(0, 0.5, (200, 992))
     shift = logsumexp(kept) + np.log(tail / (1 - tail)) - logsumexp(rest)
-    logits_NC = np.concatenate([kept, rest + shift[:, None]], axis=1).astype(np.float32)
-    arrays = TopK(8).encode(logits_NC, (1.0,))
-    truth = np.sort(log_softmax(logits_NC.astype(np.float64)), axis=1)[:, :-8]
+    logits_NC = (np.concatenate([kept, rest + shift[:, None]], axis=1) * temperature).astype(np.float32)
+    arrays = TopK(8).encode(logits_NC, (temperature,))
+    truth = np.sort(log_softmax(logits_NC.astype(np.float64) / temperature), axis=1)[:, :-8]
     relative = np.expm1(arrays["log_tail"][:, 0].astype(np.float64) - logsumexp(truth))
     assert abs(relative).max() < 1e-4
-    naive = 1 - np.exp(arrays["values"].astype(np.float64) - arrays["lse"]).sum(axis=1)
+    naive = 1 - np.exp(arrays["values"].astype(np.float64) / temperature - arrays["lse"]).sum(axis=1)
     assert abs(naive / np.exp(logsumexp(truth)) - 1).max() > 0.01
 
 
@@ -193,17 +194,23 @@ def test_options_that_can_not_be_are_refused() -> None:
         TopK(0)
 
 
-@pytest.mark.parametrize("encoding", [Dense("uint8"), TopK(7, "float32")])
+@pytest.mark.parametrize("encoding", [Dense("uint8"), TopK(7, "float32"), Sample(9, 5), Hidden(4)])
 def test_an_encoding_comes_back_from_json(encoding: Encoding) -> None:
     assert encoding_from_json(encoding.to_json()) == encoding
 
 
-@pytest.mark.parametrize(
-    "encoding", [Dense(value) for value in VALUE_TYPES] + [TopK(3, value) for value in VALUE_TYPES]
-)
+EVERY: list[Encoding] = [Dense(value) for value in VALUE_TYPES]
+EVERY += [TopK(3, value) for value in VALUE_TYPES]
+EVERY += [Sample(7), Sample(255), Hidden(6), Hidden(6, "float32")]
+
+
+@pytest.mark.parametrize("encoding", EVERY)
 def test_encoded_arrays_are_those_that_are_declared(encoding: Encoding) -> None:
-    arrays = encoding.encode(np.random.default_rng(0).normal(size=(4, 300)).astype(np.float32), TEMPERATURES)
-    specs = {spec.name: spec for spec in encoding.arrays(300, len(TEMPERATURES))}
+    generator = np.random.default_rng(0)
+    temperatures = TEMPERATURES[:1] if isinstance(encoding, Sample) else TEMPERATURES
+    logits_NC, hidden_NW = (generator.normal(size=(4, width)).astype(np.float32) for width in (300, 6))
+    arrays = encoding.encode(logits_NC, temperatures, uniform_N=generator.random(4), hidden_NW=hidden_NW)
+    specs = {spec.name: spec for spec in encoding.arrays(300, len(temperatures))}
     assert set(arrays) == set(specs) | {"max_logit", "lse", "entropy"}
     for name, spec in specs.items():
         assert (arrays[name].dtype, arrays[name].shape) == (np.dtype(spec.dtype), (4, *spec.row_shape))

@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.arrays import STATUS_UNDECODABLE
-from storage.encodings import Dense, Encoding, TopK
+from storage.arrays import STATUS_UNDECODABLE, Array
+from storage.encodings import Dense, Encoding, Hidden, Sample, TopK
+from storage.encodings.sample import systematic_counts, uniforms
 from storage.errors import DamageError, NotSealedError, PathError
+from storage.manifest import Manifest
 from storage.records import QuarantineEntry
 from storage.scan import Stats, stats, write_picture
 from storage.scan.statistics import _Tally
 from storage.writer import StoreWriter
-from tests.storage.scan_stores import BLURRED, BROKEN, hard_targets_of, logits_of, manifest_of, write_store
+from tests.storage.scan_stores import BLURRED, BROKEN, hard_targets_of, logits_of, manifest_of, shard_of, write_store
+from tests.storage.soft_targets import hard_target_logprobs, hidden_encoding, num_positions_of, sequences_of
 
 ROWS = [row for row in range(22) if row not in (BLURRED, BROKEN)]
 
@@ -33,6 +36,9 @@ def test_counts_are_those_of_a_plain_count(tmp_path: Path, encoding: Encoding, s
     assert figures.agreement is not None
     assert figures.agreement.num_rows == int((target_N >= 0).sum())
     assert figures.agreement.num_agreed == int((target_N == top1_N).sum()) == sum(figures.agreement.agreed_counts)
+    assert figures.hard_target_nll == pytest.approx(
+        -hard_target_logprobs(logits_NC, target_N)[target_N >= 0].mean(), rel=0.01
+    )
     assert sum(figures.entropy.counts) == len(ROWS)
     entropy_N = manifest.encoding.encode(logits_NC, manifest.temperatures)["entropy"].astype(float)
     assert figures.entropy.mean == pytest.approx(entropy_N.mean())
@@ -43,6 +49,95 @@ def test_counts_are_those_of_a_plain_count(tmp_path: Path, encoding: Encoding, s
     ]
     assert set(figures.bytes_by_array) == {spec.name for spec in manifest.arrays}
     json.dumps(figures.to_json(), allow_nan=False)
+
+
+def is_counted(manifest: Manifest) -> Array:
+    """Which flat positions are counted: those of rows with targets whose next token is of the same document."""
+    row_R = np.repeat(np.isin(np.arange(manifest.num_rows), ROWS), num_positions_of(manifest))
+    counted_R: Array = row_R & (hard_targets_of(manifest) >= 0)
+    return counted_R
+
+
+@pytest.mark.parametrize(
+    ("encoding", "suffix"),
+    [
+        (Dense("float32"), ".zarr"),
+        (TopK(3), ".h5"),
+        (Sample(9), ".zarr"),
+        (hidden_encoding(5, 4, values="float32", soft_cap=9.0, has_bias=True), ".h5"),
+    ],
+)
+def test_tokens_are_counted_at_the_positions_that_are_not_masked(
+    tmp_path: Path, encoding: Encoding, suffix: str
+) -> None:
+    manifest = manifest_of(encoding=encoding, sequences=sequences_of(3))
+    counted_R = is_counted(manifest)
+    logits_RC, target_R = logits_of(manifest)[counted_R], hard_targets_of(manifest)[counted_R]
+    figures = stats(write_store(tmp_path / f"a{suffix}", manifest))
+    assert figures.num_tokens == len(logits_RC) == counted_R.sum()
+    assert (figures.num_positions, figures.counted, figures.num_refused) == (3, "tokens", 2)
+    top1_R = logits_RC.argmax(axis=1)
+    if isinstance(encoding, Sample):
+        uniform_R = uniforms(encoding.seed, np.arange(22), 3)[counted_R]
+        counts_RC = systematic_counts(logits_RC - logits_RC.max(axis=1, keepdims=True), 1.0, uniform_R, encoding.draws)
+        top1_R = counts_RC.argmax(axis=1)  # of ids that came up equally often, the lowest
+    assert figures.top1_counts == tuple(np.bincount(top1_R, minlength=5).tolist())
+    assert figures.agreement is not None
+    assert figures.agreement.num_rows == len(target_R)
+    assert figures.agreement.num_agreed == int((target_R == top1_R).sum()) == sum(figures.agreement.agreed_counts)
+    assert figures.agreement.hard_target_counts == tuple(np.bincount(target_R, minlength=5).tolist())
+    assert sum(figures.entropy.counts) == len(logits_RC)
+    logprob_R = hard_target_logprobs(logits_RC, target_R).astype(float)
+    assert figures.hard_target_nll == pytest.approx(-logprob_R.mean())
+    assert [sum(kept.tail_counts) for kept in figures.kept_mass] == [len(logits_RC)] * (
+        2 if isinstance(encoding, TopK) else 0
+    )
+    assert figures.bytes_per_token is not None
+    assert figures.bytes_per_token["lse"] == figures.bytes_by_array["lse"] / len(logits_RC)
+    assert figures.head_bytes == (5 * 4 * 2 + 5 * 2 + 2 * 128 if isinstance(encoding, Hidden) else 0)
+    value = json.loads(json.dumps(figures.to_json(), allow_nan=False))
+    assert value["sequences"] == sequences_of(3).to_json()
+    assert value["num_tokens"] == len(logits_RC)
+
+
+def test_without_tokens_the_masked_log_probabilities_tell_what_is_counted(tmp_path: Path) -> None:
+    sequences = sequences_of(3, has_tokens=False, tokenizer=None)
+    manifest = manifest_of(encoding=TopK(2), sequences=sequences)
+    figures = stats(write_store(tmp_path / "a.zarr", manifest))
+    assert figures.num_tokens == is_counted(manifest).sum()
+    assert figures.agreement is None
+    assert figures.hard_target_nll is not None
+
+
+def test_a_hidden_store_of_rows_counts_the_classes_of_its_head(tmp_path: Path) -> None:
+    manifest = manifest_of(encoding=hidden_encoding(5, 4, values="float32"))
+    figures = stats(write_store(tmp_path / "a.zarr", manifest))
+    assert figures.top1_counts == tuple(np.bincount(logits_of(manifest)[ROWS].argmax(axis=1), minlength=5).tolist())
+    assert (figures.num_tokens, figures.bytes_per_token, figures.counted) == (None, None, "rows")
+    assert (figures.num_positions, figures.to_json()["sequences"]) == (1, None)
+
+
+def test_sequences_of_which_every_position_is_masked_have_figures_and_a_picture(tmp_path: Path) -> None:
+    manifest = manifest_of(num_rows=3, encoding=TopK(2), sequences=sequences_of(3))
+    with StoreWriter.open(tmp_path / "a.zarr", manifest) as writer:
+        arrays, quarantine = shard_of(manifest, 0)
+        arrays["position_ids"][:], arrays["hard_target_logprob"][:] = 0, np.nan
+        writer.write_shard(0, arrays, quarantine)
+    figures = stats(tmp_path / "a.zarr")
+    assert (figures.num_tokens, figures.kept_mass, figures.hard_target_nll) == (0, (), None)
+    assert figures.to_json()["bytes_per_token"] is None
+    write_picture(figures, tmp_path / "a.html")
+
+
+def test_a_hard_target_without_probability_has_no_mean_loss_in_json(tmp_path: Path) -> None:
+    manifest = manifest_of(num_rows=3)
+    with StoreWriter.open(tmp_path / "a.zarr", manifest) as writer:
+        arrays, quarantine = shard_of(manifest, 0)
+        arrays["hard_target_logprob"][0] = -np.inf
+        writer.write_shard(0, arrays, quarantine)
+    figures = stats(tmp_path / "a.zarr")
+    assert figures.hard_target_nll == math.inf
+    assert figures.to_json()["hard_target_nll"] is None
 
 
 def words(number: int) -> str:
@@ -165,6 +260,24 @@ def test_a_picture_of_a_thousand_classes_shows_thirty_and_tells_of_the_rest(tmp_
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "Top-1 class, the 30 most frequent" in page
     assert "the other 970 classes" in page
+
+
+def test_a_picture_of_a_vocabulary_tells_of_tokens_and_lists_the_most_frequent_ids(tmp_path: Path) -> None:
+    manifest = manifest_of(num_rows=8, num_classes=3000, encoding=TopK(8), sequences=sequences_of(32))
+    write_picture(stats(write_store(tmp_path / "store.zarr", manifest)), tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    for words in (
+        "8 sequences of 32",
+        "3,000 token ids",
+        "Top-1 token id, the 30 most frequent (dark: it is the next token)",
+        "the other 2,970 ids",
+        "% of tokens",
+        "What a token costs",
+        "Token ids, the 1,000 most frequent",
+    ):
+        assert words in page, words
+    assert page.count("<tr>") < 1100
+    assert "class" not in page.split("<body>")[1].split("<svg")[0]
 
 
 def test_a_picture_that_cannot_be_written_is_refused(

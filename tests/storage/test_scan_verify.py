@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from storage.arrays import Array
-from storage.encodings import Dense, Encoding, TopK
+from storage.encodings import Dense, Encoding, Sample, TopK
 from storage.errors import FormatVersionError, PathError, StoreError
 from storage.records import MANIFEST, QuarantineEntry
-from storage.scan import verify
+from storage.scan import verification, verify
+from storage.scan.passes import blocks
+from storage.sequences import Sequences
 from storage.writer import StoreWriter
 from tests.storage.scan_stores import manifest_of, shard_of, write_store
+from tests.storage.soft_targets import head_for, hidden_encoding, sequences_of
 
 ENCODINGS: list[Encoding] = [
     Dense("float16"),
@@ -59,6 +62,30 @@ def test_nothing_is_found_in_a_sound_store(
     assert result.num_shards == 3
     assert result.num_chunks == 6 * len(manifest.arrays)
     assert (result.content_digest is None) is not finalize
+
+
+SEQUENCES = sequences_of(3)
+WITHOUT_TOKENS = sequences_of(3, has_tokens=False, tokenizer=None)
+SKEWED = hidden_encoding(5, 6, values="float32", scale=0.5, soft_cap=4.0, has_bias=True)
+LATER: list[tuple[Encoding, Sequences | None, str]] = [
+    (Dense("float16"), SEQUENCES, ".zarr"),
+    (TopK(3, "uint8"), SEQUENCES, ".h5"),
+    (Sample(7, 3), SEQUENCES, ".zarr"),
+    (Sample(255, 3), None, ".h5"),
+    (hidden_encoding(5), SEQUENCES, ".zarr"),
+    (SKEWED, WITHOUT_TOKENS, ".h5"),
+    (SKEWED, None, ".zarr"),
+]
+
+
+@pytest.mark.parametrize(("encoding", "sequences", "suffix"), LATER)
+def test_nothing_is_found_in_a_sound_store_of_sequences_draws_or_hidden_states(
+    tmp_path: Path, encoding: Encoding, sequences: Sequences | None, suffix: str
+) -> None:
+    manifest = manifest_of(encoding=encoding, sequences=sequences)
+    result = verify(write_store(tmp_path / f"a{suffix}", manifest))
+    assert (result.damage, result.warnings) == ((), ())
+    assert result.num_chunks == 6 * len(manifest.arrays)
 
 
 @pytest.mark.slow
@@ -314,6 +341,116 @@ def test_a_row_that_no_teacher_can_have_given_is_found(
     assert damage, verify(tmp_path / "a.zarr").damage
     assert (damage[0].shard, damage[0].chunk) == (2, 0)
     assert "row 18" in damage[0].message
+
+
+def draws(ids: list[int], counts: list[int]) -> Change:
+    def change(arrays: dict[str, Array]) -> None:
+        arrays["ids"][2, 1], arrays["counts"][2, 1] = ids, counts
+
+    return change
+
+
+def known(logprobs: list[float]) -> Change:
+    """Log-probabilities where the second of three next tokens begins another document."""
+
+    def change(arrays: dict[str, Array]) -> None:
+        arrays["position_ids"][2], arrays["hard_target_logprob"][2] = [0, 1, 0, 1], logprobs
+
+    return change
+
+
+def slipped(arrays: dict[str, Array]) -> None:
+    """Each position of two rows holds the hidden state of the one before."""
+    arrays["hidden"][2:4] = np.roll(arrays["hidden"][2:4].reshape(6, -1), 1, axis=0).reshape(2, 3, -1)
+
+
+SAMPLE, HIDDEN = Sample(7, 3), hidden_encoding(5)
+ILLEGAL_AT = [
+    (TopK(3), put("lse", (2, 1, 0), -0.5), "of at least 0", "row 18, position 1"),
+    (TopK(3), put("ids", (2, 2, 1), 5), "ids below 5", "row 18, position 2"),
+    (Dense(), put("values", (2, 1, 3), -30), "sum to one at T = 4", "row 18, position 1"),
+    (TopK(3), put("token_ids", (2, 1), 5), "ids below 5", "row 18"),
+    (TopK(3), put("position_ids", (2, 0), 1), "0 first, then 0 or one more than before", "row 18"),
+    (TopK(3), put("position_ids", (2, 2), 3), "0 first, then 0 or one more than before", "row 18"),
+    (TopK(3), known([-1, np.nan, 0.5]), "at most 0 where the hard target is known", "row 18, position 2"),
+    (TopK(3), known([np.nan, np.nan, -1]), "at most 0 where the hard target is known", "row 18, position 0"),
+    (TopK(3), known([-1, -1, -1]), "NaN where the next token is masked", "row 18, position 1"),
+    (SAMPLE, draws([1, 5, 0, 0, 0], [3, 4, 0, 0, 0]), "ids below 5", "row 18, position 1"),
+    (SAMPLE, draws([1, 2, 0, 0, 0], [3, 5, 0, 0, 0]), "counts that sum to 7", "row 18, position 1"),
+    (SAMPLE, draws([2, 1, 0, 0, 0], [3, 4, 0, 0, 0]), "ids in ascending order, each once", "row 18, position 1"),
+    (SAMPLE, draws([2, 2, 0, 0, 0], [3, 4, 0, 0, 0]), "ids in ascending order, each once", "row 18, position 1"),
+    (SAMPLE, draws([0, 1, 0, 0, 0], [0, 7, 0, 0, 0]), "no count behind a count of 0", "row 18, position 1"),
+    (SAMPLE, draws([1, 0, 3, 0, 0], [7, 0, 0, 0, 0]), "id 0 where the count is 0", "row 18, position 1"),
+    (HIDDEN, put("hidden", (2, 1, 3), np.inf), "finite numbers", "row 18, position 1"),
+    (HIDDEN, slipped, "from which the head computes the stored max_logit", "row 19, position 2"),
+    (HIDDEN, put("max_logit", (0, 0), 1.0), "the head computes the stored max_logit", "row 16, position 0"),
+    (HIDDEN, put("lse", (3, 2, 1), 0.01), "from which the head computes the stored lse at T = 4", "row 19, position 2"),
+]
+
+
+@pytest.mark.parametrize(("encoding", "change", "expected", "place"), ILLEGAL_AT)
+def test_a_position_that_no_teacher_can_have_given_is_found(
+    tmp_path: Path, encoding: Encoding, change: Change, expected: str, place: str
+) -> None:
+    manifest = manifest_of(encoding=encoding, sequences=SEQUENCES)
+    with StoreWriter.open(tmp_path / "a.zarr", manifest, head_for(manifest)) as writer:
+        arrays, quarantine = shard_of(manifest, 2)
+        change(arrays)
+        writer.write_shard(2, arrays, quarantine)
+    damage = [item for item in verify(tmp_path / "a.zarr").damage if expected in item.message]
+    assert [(item.shard, item.chunk) for item in damage] == [(2, 0)]
+    assert damage[0].message.endswith(f"{expected}, got something else in {place}")
+
+
+def test_the_chunk_of_a_wrong_position_is_that_of_its_row(tmp_path: Path) -> None:
+    manifest = manifest_of(encoding=TopK(2), sequences=SEQUENCES)
+    with StoreWriter.open(tmp_path / "a.zarr", manifest) as writer:
+        arrays, quarantine = shard_of(manifest, 1)
+        arrays["max_logit"][6, 1:] = np.nan  # rows 14 and 15 of the store, in the second chunk of shard 1
+        arrays["max_logit"][7, 0] = np.nan
+        writer.write_shard(1, arrays, quarantine)
+    (damage,) = verify(tmp_path / "a.zarr").damage
+    assert (damage.shard, damage.array, damage.chunk) == (1, "max_logit", 1)
+    assert "got something else in row 14, position 1 and in 1 more rows near it" in damage.message
+
+
+def test_a_masked_log_probability_is_asked_for_only_where_the_tokens_tell_it(tmp_path: Path) -> None:
+    manifest = manifest_of(encoding=TopK(2), sequences=WITHOUT_TOKENS)
+    with StoreWriter.open(tmp_path / "a.zarr", manifest) as writer:
+        arrays, quarantine = shard_of(manifest, 2)
+        arrays["hard_target_logprob"][2] = [np.nan, -1, np.nan]
+        arrays["hard_target_logprob"][3] = 1
+        writer.write_shard(2, arrays, quarantine)
+    (damage,) = verify(tmp_path / "a.zarr").damage
+    assert "at most 0 where the hard target is known, got something else in row 19, position 0" in damage.message
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("counts", "0 in a row"), ("ids", "0 in a row"), ("lse", "NaN in a row")]
+)
+def test_a_refused_sequence_that_holds_targets_is_found(tmp_path: Path, name: str, expected: str) -> None:
+    manifest = manifest_of(encoding=SAMPLE, sequences=SEQUENCES)
+    with StoreWriter.open(tmp_path / "a.zarr", manifest) as writer:
+        arrays, quarantine = shard_of(manifest, 0)
+        arrays[name][3, 2] = 1
+        writer.write_shard(0, arrays, quarantine)
+    (damage,) = verify(tmp_path / "a.zarr").damage
+    assert f"expected {expected} without targets, got something else in row 3" in damage.message
+
+
+def test_hidden_states_beside_a_large_head_are_recomputed_at_the_start_of_a_shard_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifest_of(encoding=HIDDEN, sequences=SEQUENCES)
+    for chunk in (0, 1):
+        with StoreWriter.open(tmp_path / f"{chunk}.zarr", manifest, head_for(manifest)) as writer:
+            arrays, quarantine = shard_of(manifest, 0)
+            arrays["hidden"][4 * chunk : 4 * chunk + 3] = 0
+            writer.write_shard(0, arrays, quarantine)
+    assert [verify(tmp_path / f"{chunk}.zarr").ok for chunk in (0, 1)] == [False, False]
+    monkeypatch.setattr(verification, "SPOT_HEAD_VALUES", 1)
+    monkeypatch.setattr(verification, "blocks", lambda manifest, shard: blocks(manifest, shard, block_bytes=1))
+    assert [verify(tmp_path / f"{chunk}.zarr").ok for chunk in (0, 1)] == [False, True]
 
 
 def test_a_refused_row_that_holds_targets_is_found(tmp_path: Path) -> None:
