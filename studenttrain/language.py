@@ -65,7 +65,7 @@ def _position_argument(model: nn.Module) -> tuple[bool, str] | None:
 def sequence_output(
     model: nn.Module, token_ids_NP: Tensor, position_ids_NP: Tensor | None = None, **options: Any
 ) -> Any:
-    """What a model gives for token ids: positions are left out where it takes none.
+    """What a model gives for token ids: positions are left out where it takes none, or may do without.
 
     Args:
         model: may be compiled, or in DistributedDataParallel.

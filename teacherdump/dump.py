@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.arrays import STATUS_NOT_FINITE, STATUS_OK, STATUS_UNDECODABLE, Array
@@ -73,12 +74,14 @@ class Job:
     num_readers: int
     head: HeadArrays | None = None
 
-    def speak(self, inputs: Tensor) -> Iterator[Said]:
+    def speak(self, read: "ReadBatch") -> Iterator[Said]:
         """What the teacher says of a batch, in parts that make up its flat rows."""
+        inputs = read.inputs.to(self.teacher.device, non_blocking=True)
         keeps_hidden = self.manifest.encoding.name == "hidden"
         if self.manifest.sequences is None:
             return self.teacher.speak(inputs, keeps_hidden)
-        return self.teacher.speak_tokens(inputs, self.manifest.num_classes, keeps_hidden)
+        is_one_document = bool((read.batch.inputs[:, 1, 1:-1] != 0).all())
+        return self.teacher.speak_tokens(inputs, self.manifest.num_classes, keeps_hidden, is_one_document)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +198,7 @@ def sparsified(job: Job, read: ReadBatch, sparsify: Sparsify) -> dict[str, Tenso
 
     hard_targets_R, uniform_R = moved(read.hard_targets_R), moved(read.uniform_R)
     parts, start = [], 0
-    for said in job.speak(read.inputs.to(device, non_blocking=True)):
+    for said in job.speak(read):
         part = slice(start, start + len(said.logits_RC))
         hard = None if hard_targets_R is None else hard_targets_R[part]
         uniform = None if uniform_R is None else uniform_R[part]
@@ -230,14 +233,19 @@ def read_one(job: Job, shard: int, start: int, stop: int, pool: ThreadPoolExecut
     Raises:
         CorpusError: a token is not of the teacher's vocabulary, or no sample can be read any more.
     """
-    manifest, rows_N = job.manifest, np.arange(start, stop)
+    return read_rows(job, shard, np.arange(start, stop), pool)
+
+
+def read_rows(job: Job, shard: int, rows_N: NDArray[np.int64], pool: ThreadPoolExecutor) -> ReadBatch:
+    """Any rows, as `read_one` gives those of a shard."""
+    manifest = job.manifest
     batch = read_batch(job.corpus, rows_N, job.preprocess, pool)
     hard_targets = None
     if manifest.sequences is not None:
         check_ids(batch.inputs[:, 0], rows_N, manifest.num_classes, f"corpus '{job.corpus.path}'")
         hard_targets = next_tokens(batch.inputs[:, 0], batch.inputs[:, 1]).reshape(-1)
     elif manifest.has_hard_targets and job.corpus.hard_targets is not None:
-        hard_targets = job.corpus.hard_targets[start:stop].copy()
+        hard_targets = job.corpus.hard_targets[rows_N]
     uniform = None
     if isinstance(manifest.encoding, Sample):
         num_positions = 1 if manifest.sequences is None else manifest.sequences.num_positions

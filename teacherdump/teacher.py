@@ -7,7 +7,7 @@ hidden state, M members.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from storage.errors import TeacherError
 from studenttrain.heads import HasHead, Head, find_head
-from studenttrain.language import takes_position_ids
+from studenttrain.language import NoLogitsError, sequence_logits, sequence_output
 from teacherdump.config import Combine, Precision
 from teacherdump.loading import Member, last_line, load_member
 from teacherdump.model_file import teacher_identity
@@ -109,13 +109,17 @@ class Teacher:
             TeacherMemoryError: the batch does not fit the device.
         """
         if keeps_hidden:
-            head, hidden_NW = self.head(), self._hidden(self.members[0], inputs)
+            head, hidden_NW = self.head(), self._hidden(self.members[0], inputs, None)
             yield Said(self._head_logits(head, hidden_NW), hidden_NW)
         else:
             yield Said(self(inputs), None)
 
     def speak_tokens(
-        self, samples_N2Q: Tensor, num_classes: int | None = None, keeps_hidden: bool = False
+        self,
+        samples_N2Q: Tensor,
+        num_classes: int | None = None,
+        keeps_hidden: bool = False,
+        is_one_document: bool = False,
     ) -> Iterator[Said]:
         """What it says of each position of sequences; where every member has a head, a chunk of positions at a time.
 
@@ -124,12 +128,14 @@ class Teacher:
             num_classes: entries of the vocabulary; what the teacher's output has behind them is cut off. None keeps
                 all.
             keeps_hidden: whether the hidden states are wanted; only of a teacher that has a head.
+            is_one_document: whether it is known that no document begins inside a sequence, which is quicker.
 
         Raises:
             TeacherError: a member does not take the inputs, or does not give logits.
             TeacherMemoryError: the batch does not fit the device.
         """
-        token_ids_NP, position_ids_NP = samples_N2Q[:, 0, :-1], samples_N2Q[:, 1, :-1]
+        token_ids_NP = samples_N2Q[:, 0, :-1]
+        position_ids_NP = None if is_one_document else samples_N2Q[:, 1, :-1]
         models = [find_head(member.module) for member in self.members]
         if not all(model is not None for model in models):
             logits = [self._token_logits(member, token_ids_NP, position_ids_NP) for member in self.members]
@@ -163,30 +169,41 @@ class Teacher:
             )
         return model.output_head()
 
-    def _hidden(self, member: Member, *inputs: Tensor) -> Tensor:
-        """A member's hidden states."""
+    def _hidden(self, member: Member, inputs: Tensor, position_ids_NP: Tensor | None) -> Tensor:
+        """A member's hidden states, of samples or of token ids."""
+        if inputs.dtype.is_floating_point:
+            inputs = inputs.to(member.input_dtype)
         with (
             torch.inference_mode(),
             _arithmetic(self.identity["precision"], self.device),
-            _errors_of(member.where, tuple(inputs[0].shape), self.device),
+            _errors_of(member.where, tuple(inputs.shape), self.device),
         ):
-            hidden: Tensor = member.module(*_as_taken(member, inputs), hidden_only=True)
+            if inputs.dtype.is_floating_point:
+                hidden: Tensor = member.module(inputs, hidden_only=True)
+            else:
+                hidden = sequence_output(member.module, inputs, position_ids_NP, hidden_only=True)
             return hidden
 
     def _head_logits(self, head: Head, hidden_RW: Tensor) -> Tensor:
         with torch.inference_mode(), _arithmetic(self.identity["precision"], self.device):
             return head.logits(hidden_RW).float()
 
-    def _token_logits(self, member: Member, token_ids_NP: Tensor, position_ids_NP: Tensor) -> Tensor:
-        """A member's logits of every position, float32 (R, C)."""
-        shape = tuple(token_ids_NP.shape)
+    def _token_logits(self, member: Member, token_ids_NP: Tensor, position_ids_NP: Tensor | None) -> Tensor:
+        """A member's logits of every position, float32 (R, C); batches that are too small are padded with zeros."""
+        num_rows, num_positions = token_ids_NP.shape
+        missing = max(0, member.min_batch - num_rows)
+        if missing:
+            token_ids_NP = torch.cat([token_ids_NP, token_ids_NP.new_zeros(missing, num_positions)])
+            if position_ids_NP is not None:
+                ahead_P = torch.arange(num_positions, device=token_ids_NP.device)
+                position_ids_NP = torch.cat([position_ids_NP, ahead_P.expand(missing, -1)])
         with (
             torch.inference_mode(),
             _arithmetic(self.identity["precision"], self.device),
-            _errors_of(member.where, shape, self.device),
+            _errors_of(member.where, tuple(token_ids_NP.shape), self.device),
         ):
-            output: Any = member.module(*_as_taken(member, (token_ids_NP, position_ids_NP)))
-        return _checked_token_logits(member.where, output, shape).flatten(0, 1).float()
+            logits_NPC = sequence_logits(member.module, token_ids_NP, position_ids_NP)
+        return logits_NPC[:num_rows].flatten(0, 1).float()
 
     def _combine(self, logits: Sequence[Tensor]) -> Tensor:
         if len(logits) == 1:
@@ -233,7 +250,7 @@ def load_teacher(
     where = find_device(device)
     if precision == "fp16" and where.type != "cuda":
         raise ValueError(f"precision: expected fp32 or bf16 on {where.type}, got fp16; use bf16, or --device cuda")
-    members = tuple(load_member(path, arch, where, trust_pickle) for path in paths)
+    members = tuple(load_member(path, arch, where, trust_pickle, precision) for path in paths)
     if compile:
         members = tuple(_compiled(member) for member in members)
     return Teacher(members, identity, where)
@@ -264,7 +281,7 @@ def _compiled(member: Member) -> Member:
             f"compile: expected a model that torch.compile takes, got TorchScript, {member.where}; leave it out"
         )
     module: Any = torch.compile(member.module)
-    return Member(member.where, module, member.input_dtype, member.input_shape, member.min_batch, member.max_batch)
+    return replace(member, module=module)
 
 
 @contextlib.contextmanager
@@ -300,6 +317,11 @@ def _errors_of(where: str, shape: tuple[int, ...], device: torch.device) -> Iter
         yield
     except TeacherError:
         raise
+    except NoLogitsError as error:
+        raise TeacherError(
+            f"{where}: expected logits (N, P, C) of token ids (N, P), here ({shape[0]}, {shape[1]}, C), got {error}; "
+            "wrap the model so that it returns one row of logits a position"
+        ) from error
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise TeacherMemoryError(
@@ -312,34 +334,8 @@ def _errors_of(where: str, shape: tuple[int, ...], device: torch.device) -> Iter
         ) from error
 
 
-def _as_taken(member: Member, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Inputs as a member takes them: of its type; position ids only where it takes them."""
-    if len(inputs) == 1:
-        return (inputs[0].to(member.input_dtype),)
-    return inputs if takes_position_ids(member.module) else inputs[:1]
-
-
 def _cut(logits_RC: Tensor, num_classes: int | None) -> Tensor:
     return logits_RC if num_classes is None else logits_RC[:, :num_classes]
-
-
-def _checked_token_logits(where: str, output: Any, shape: tuple[int, ...]) -> Tensor:
-    """The logits of a language model's output: (N, P, C), or what it has under `logits`."""
-    if isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
-    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
-        output = output.logits
-    expected = f"logits (N, P, C) of token ids (N, P), here ({shape[0]}, {shape[1]}, C)"
-    if not isinstance(output, Tensor):
-        raise TeacherError(
-            f"{where}: expected {expected}, got a {type(output).__name__}; wrap the model so that it returns its logits"
-        )
-    if output.ndim != 3 or tuple(output.shape[:2]) != shape or not output.dtype.is_floating_point:
-        raise TeacherError(
-            f"{where}: expected {expected}, got {output.dtype} of shape {tuple(output.shape)}; wrap the model so that "
-            "it returns one row of logits a position"
-        )
-    return output
 
 
 def _check_input_shape(member: Member, shape: tuple[int, ...]) -> None:
@@ -417,6 +413,11 @@ def probe_teacher(teacher: Teacher, inputs_N: Tensor) -> Probe:
         TeacherError: it does not give logits, is random, or mixes the rows of a batch.
     """
     where = teacher.members[0].where
+    if any(member.takes_tokens for member in teacher.members):
+        raise TeacherError(
+            f"{where}: expected a model of samples, got a language model; give token ids or text as --data, with "
+            "--sequence-length"
+        )
     logits_NC = teacher(inputs_N)
     if _change(logits_NC, teacher(inputs_N)) > MAX_CHANGE:
         raise TeacherError(
@@ -449,6 +450,8 @@ def probe_tokens(teacher: Teacher, samples_N2Q: Tensor, has_several_documents: b
             looks from one document into another.
     """
     where = teacher.members[0].where
+    for member in teacher.members:
+        member.check_positions(samples_N2Q.shape[2] - 1)
 
     def said(samples: Tensor) -> Tensor:
         logits_RC = torch.cat([part.logits_RC for part in teacher.speak_tokens(samples)])
