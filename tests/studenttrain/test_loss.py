@@ -1,7 +1,8 @@
 """The losses, against their formulas in float64, their gradients, and their limits."""
 
 import math
-from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,131 +10,49 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from torch import Tensor
 
 from storage.arrays import STATUS_NOT_FINITE
-from storage.encodings import Dense, Encoding, TopK
+from storage.encodings import Dense, Encoding, Hidden, Sample, TopK
 from storage.errors import MismatchError
-from storage.manifest import Manifest
+from studenttrain.heads import Head
 from studenttrain.loss import (
+    COMPARED_LOSSES,
     LOSSES,
     TOPK_LOSSES,
     DenseTargets,
-    SoftTargets,
+    HiddenTargets,
+    SampleTargets,
     TopKTargets,
     build_targets,
     check_loss,
     default_loss,
     hard_loss,
+    kept_and_rest,
+    lse_and_softmax,
+    rows_at_once,
     soft_loss,
-    target_arrays,
     uses_temperature,
 )
+from tests.studenttrain.soft_targets import (
+    DENSE_LOSSES,
+    ENCODINGS,
+    NUM_DRAWS,
+    Array,
+    Case,
+    all_valid,
+    cases,
+    double_dense,
+    double_sample,
+    double_topk,
+    gradient,
+    log_softmax,
+    random_logits,
+    reference,
+    stored,
+    targets_of,
+)
 
-Array = NDArray[Any]
-DENSE = ("kl", "reverse-kl", "jsd", "mse")
-ENCODINGS = (Dense("float32"), Dense("float16"), Dense("uint8"), TopK(3, "float32"), TopK(3), TopK(3, "uint8"), TopK(7))
-
-
-def manifest_of(encoding: Encoding, num_classes: int, temperatures: Sequence[float]) -> Manifest:
-    """A manifest of a store of an encoding."""
-    empty: dict[str, Any] = {}
-    return Manifest(
-        num_rows=100,
-        num_classes=num_classes,
-        shard_rows=10,
-        chunk_rows=10,
-        encoding=encoding,
-        temperatures=tuple(temperatures),
-        teacher=empty,
-        corpus=empty,
-        preprocess=empty,
-        class_names=None,
-        has_hard_targets=False,
-        compressor="none",
-        provenance=empty,
-    )
-
-
-def stored(encoding: Encoding, logits_NC: Array, temperature: float = 1.0) -> tuple[Manifest, dict[str, Array]]:
-    """The arrays that a store keeps of logits."""
-    arrays = encoding.encode(logits_NC.astype(np.float32), (temperature,))
-    arrays["status"] = np.zeros(len(logits_NC), np.uint8)
-    return manifest_of(encoding, logits_NC.shape[1], (temperature,)), arrays
-
-
-def targets_of(encoding: Encoding, logits_NC: Array, temperature: float = 1.0) -> SoftTargets:
-    """What a student gets of logits that were stored."""
-    return build_targets(*stored(encoding, logits_NC, temperature), temperature)
-
-
-def double_topk(teacher_NC: Tensor, k: int, temperature: float = 1.0) -> TopKTargets:
-    """Exact float64 top-k targets, for gradients."""
-    logprobs_NC = (teacher_NC / temperature).log_softmax(1)
-    order = logprobs_NC.argsort(1, descending=True)
-    rest = logprobs_NC.gather(1, order[:, k:])
-    tail_N = rest.logsumexp(1) if rest.shape[1] else torch.full((len(rest),), -math.inf, dtype=rest.dtype)
-    valid_N = torch.ones(len(teacher_NC), dtype=torch.bool)
-    return TopKTargets(order[:, :k], logprobs_NC.gather(1, order[:, :k]), tail_N, valid_N, temperature)
-
-
-def double_dense(teacher_NC: Tensor, temperature: float = 1.0) -> DenseTargets:
-    """Exact float64 dense targets."""
-    return DenseTargets(teacher_NC, torch.ones(len(teacher_NC), dtype=torch.bool), temperature)
-
-
-def random_logits(num_rows: int = 6, num_classes: int = 7, seed: int = 0, scale: float = 3.0) -> Array:
-    """Logits in float32, as float64."""
-    values = np.random.default_rng(seed).normal(size=(num_rows, num_classes)) * scale
-    return values.astype(np.float32).astype(np.float64)
-
-
-def log_softmax(values: Array) -> Array:
-    """Its textbook form, in float64."""
-    shifted = values - values.max(1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return result
-
-
-def kl(p: Array, q: Array) -> Array:
-    """sum p log(p / q), with 0 log 0 = 0."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        result: Array = np.where(p > 0, p * np.log(p / q), 0.0).sum(1)
-    return result
-
-
-def reference(name: str, teacher: Array, student: Array, k: int, temperature: float) -> Array:
-    """The formula of a loss, in float64, by probabilities; top-k ones over the k largest."""
-    p, q = np.exp(log_softmax(teacher / temperature)), np.exp(log_softmax(student / temperature))
-    if name == "mse":
-        difference = student - teacher
-        return np.asarray(((difference - difference.mean(1, keepdims=True)) ** 2).sum(1) / (2 * teacher.shape[1]))
-    kept = np.argsort(-teacher, 1, kind="stable")[:, :k]
-    p_k, q_k = np.take_along_axis(p, kept, 1), np.take_along_axis(q, kept, 1)
-    rest = np.argsort(-teacher, 1, kind="stable")[:, k:]
-    tails = [np.take_along_axis(values, rest, 1).sum(1, keepdims=True) for values in (p, q)]
-    m, big_q = p_k.sum(1, keepdims=True), q_k.sum(1, keepdims=True)
-    if name == "truncated":
-        return temperature**2 * kl(p_k / m, q_k)
-    if name == "renormalised":
-        return temperature**2 * kl(p_k / m, q_k / big_q)
-    p_b, q_b = np.concatenate([p_k, tails[0]], 1), np.concatenate([q_k, tails[1]], 1)
-    if name in ("kl", "tail-bucket"):
-        return temperature**2 * kl(p_b, q_b)
-    if name == "reverse-kl":
-        return temperature**2 * kl(q_b, p_b)
-    assert name == "jsd"
-    return temperature**2 * 0.5 * (kl(p_b, (p_b + q_b) / 2) + kl(q_b, (p_b + q_b) / 2))
-
-
-def gradient(loss: Callable[[Tensor], Tensor], logits_NC: Tensor) -> Tensor:
-    """Of the sum over the rows, with respect to the logits."""
-    logits_NC = logits_NC.detach().clone().requires_grad_()
-    (grad,) = torch.autograd.grad(loss(logits_NC).sum(), logits_NC)
-    return grad
-
-
+DENSE = DENSE_LOSSES
 CASES = [(Dense("float32"), name) for name in DENSE] + [(TopK(3, "float32"), name) for name in TOPK_LOSSES]
 
 
@@ -144,55 +63,8 @@ def test_a_loss_is_its_formula(encoding: Encoding, name: str, temperature: float
     k = 7 if encoding.name == "dense" else 3
     found = soft_loss(name, torch.from_numpy(student).float(), targets_of(encoding, teacher, temperature))
     assert found.dtype == torch.float32
-    expected = reference(name, teacher, student, k, temperature)
+    expected = reference(name, torch.from_numpy(teacher), torch.from_numpy(student), k, temperature).numpy()
     np.testing.assert_allclose(found.numpy(), expected, rtol=2e-5, atol=1e-6 * max(1.0, temperature**2))
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_targets_are_what_the_encoding_decodes_to(encoding: Encoding, temperature: float) -> None:
-    manifest, arrays = stored(encoding, random_logits(), temperature)
-    targets = build_targets(manifest, arrays, temperature)
-    expected = encoding.logprobs(arrays, temperature, (temperature,))
-    if isinstance(targets, DenseTargets):
-        found = (targets.values_NC / temperature).log_softmax(1)
-    else:
-        found = torch.cat([targets.logprobs_NK, targets.log_tail_N[:, None]], 1)
-        assert targets.ids_NK.dtype == torch.int64
-        assert np.array_equal(targets.ids_NK.numpy(), arrays["ids"])
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(found.exp().sum(1), torch.ones(len(found)), atol=1e-6)
-
-
-def test_the_arrays_that_are_needed_are_named() -> None:
-    named = {str(encoding): target_arrays(manifest_of(encoding, 9, (1.0,))) for encoding in ENCODINGS}
-    assert named[str(Dense("float16"))] == ("status", "values")
-    assert named[str(Dense("uint8"))] == ("status", "value_range", "values")
-    assert named[str(TopK(3))] == ("ids", "log_tail", "lse", "status", "values")
-    assert named[str(TopK(3, "uint8"))] == ("ids", "log_tail", "lse", "status", "value_range", "values")
-
-
-def test_a_live_teacher_gives_the_bits_of_a_float32_store() -> None:
-    logits = random_logits().astype(np.float32)
-    live = DenseTargets.of_logits(torch.from_numpy(logits), 4.0)
-    kept = targets_of(Dense("float32"), logits, 4.0)
-    assert isinstance(kept, DenseTargets)
-    assert torch.equal(live.values_NC, kept.values_NC)
-    assert torch.equal(live.valid_N, kept.valid_N)
-
-
-def test_the_founding_example_softens_as_printed() -> None:
-    printed = {
-        1: [0.00032, 0.04741, 0.95227],
-        5: [0.11532, 0.31348, 0.57120],
-        10: [0.20516, 0.33825, 0.45659],
-        20: [0.26484, 0.34006, 0.39510],
-    }
-    for temperature, probs in printed.items():
-        targets = targets_of(Dense("float16"), np.array([[2.0, 7.0, 10.0]]), float(temperature))
-        assert isinstance(targets, DenseTargets)
-        found = (targets.values_NC / temperature).softmax(1)[0].numpy()
-        np.testing.assert_allclose(found, probs, atol=6e-6)
 
 
 @pytest.mark.parametrize("name", ["kl", "tail-bucket", "truncated", "renormalised"])
@@ -213,6 +85,50 @@ def test_a_gradient_is_that_of_the_table(name: str, temperature: float) -> None:
     expected = torch.where(kept, inside, outside)
     # at T the logits are divided by T and the loss is times T^2: one factor T is left
     assert torch.allclose(found, temperature * expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_values_and_gradients_are_those_of_the_formula_in_float64(case: Case) -> None:
+    student = torch.from_numpy(random_logits(seed=6))
+    student[1] *= 10  # far from the teacher
+    torch.testing.assert_close(
+        soft_loss(case.name, student, case.targets), case.reference(student), rtol=1e-10, atol=1e-10
+    )
+    found = gradient(lambda logits: soft_loss(case.name, logits, case.targets), student)
+    torch.testing.assert_close(found, gradient(case.reference, student), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_rows_that_are_not_valid_count_nothing_and_change_nothing(case: Case) -> None:
+    student = torch.from_numpy(random_logits(seed=6))
+    valid_N = torch.tensor([True, False, True, True, False, False])
+    masked = replace(case.targets, valid_N=valid_N)
+    found = gradient(lambda logits: soft_loss(case.name, logits, masked), student)
+    expected = gradient(lambda logits: soft_loss(case.name, logits, case.targets), student)
+    assert torch.equal(found, torch.where(valid_N[:, None], expected, 0.0))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_gradient_of_draws_is_the_student_less_their_shares(temperature: float) -> None:
+    teacher, student = (torch.from_numpy(random_logits(seed=seed)) for seed in (3, 4))
+    targets = double_sample(teacher, temperature)
+    shares = torch.zeros_like(teacher).scatter_add(1, targets.ids_ND, targets.probs_ND)
+    assert (targets.probs_ND == 0).any()  # some places hold no draw
+    found = gradient(lambda logits: soft_loss("sampled-ce", logits, targets), student)
+    assert torch.allclose(found, temperature * ((student / temperature).softmax(1) - shares), atol=1e-12)
+
+
+def test_draws_have_the_gradient_of_the_full_divergence_in_the_mean() -> None:
+    # every u of a fine grid: systematic draws are unbiased, so that only the grid's error is left
+    teacher, student = (torch.from_numpy(random_logits(1, 7, seed)) for seed in (20, 21))
+    full = gradient(lambda logits: soft_loss("kl", logits, double_dense(teacher)), student)
+    grid = (np.arange(2000) + 0.5) / 2000
+    arrays = Sample(4).encode(teacher.expand(2000, 7).numpy().astype(np.float32), (1.0,), uniform_N=grid)
+    targets = SampleTargets(
+        torch.from_numpy(arrays["ids"]).long(), torch.from_numpy(arrays["counts"]) / 4.0, all_valid(2000), 1.0
+    )
+    found = gradient(lambda logits: soft_loss("sampled-ce", logits, targets), student.expand(2000, 7)).mean(0)
+    assert torch.allclose(found, full[0], atol=1e-3)
 
 
 @pytest.mark.parametrize(("encoding", "name"), CASES, ids=lambda value: getattr(value, "name", value))
@@ -334,7 +250,7 @@ def test_rows_without_targets_have_neither_loss_nor_gradient(encoding: Encoding)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("encoding", [Dense("float32"), TopK(3, "float32")], ids=["dense", "topk"])
+@pytest.mark.parametrize("encoding", [Dense("float32"), TopK(3, "float32"), Sample(NUM_DRAWS)], ids=lambda it: it.name)
 def test_logits_of_few_bits_are_reduced_in_float32(dtype: torch.dtype, encoding: Encoding) -> None:
     student = torch.from_numpy(random_logits(seed=15)).to(dtype)
     targets = targets_of(encoding, random_logits(seed=16))
@@ -346,7 +262,9 @@ def test_logits_of_few_bits_are_reduced_in_float32(dtype: torch.dtype, encoding:
     assert gradient(lambda logits: soft_loss(default_loss(encoding), logits, targets), student).dtype == dtype
 
 
-@pytest.mark.parametrize("encoding", [Dense("float16"), TopK(3, "uint8")], ids=["dense", "topk"])
+# torch's own tracing of an autograd function makes an object of it, which torch itself warns of
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("encoding", [Dense("float16"), TopK(3, "uint8"), Sample(NUM_DRAWS)], ids=lambda it: it.name)
 def test_losses_compile_without_a_break_in_the_graph(encoding: Encoding) -> None:
     targets = targets_of(encoding, random_logits(seed=17), 4.0)
     student = torch.from_numpy(random_logits(seed=18)).float()
@@ -354,6 +272,8 @@ def test_losses_compile_without_a_break_in_the_graph(encoding: Encoding) -> None
         torch.compiler.reset()
         compiled = torch.compile(soft_loss, backend="aot_eager", fullgraph=True)
         assert torch.allclose(compiled(name, student, targets), soft_loss(name, student, targets), atol=1e-6)
+        found = gradient(partial(compiled, name, targets=targets), student)
+        assert torch.allclose(found, gradient(partial(soft_loss, name, targets=targets), student), atol=1e-6)
 
 
 def test_the_hard_loss_is_the_cross_entropy_of_known_classes() -> None:
@@ -368,28 +288,88 @@ def test_the_hard_loss_is_the_cross_entropy_of_known_classes() -> None:
 
 
 def test_each_encoding_has_its_losses_and_a_reason_against_the_others() -> None:
-    assert default_loss(Dense()) == "kl"
-    assert default_loss(TopK(3)) == "tail-bucket"
-    for encoding in (Dense(), TopK(3)):
+    defaults: dict[Encoding, str] = {Dense(): "kl", TopK(3): "tail-bucket", Sample(9): "sampled-ce", Hidden(4): "kl"}
+    for encoding, name in defaults.items():
+        assert default_loss(encoding) == name
         assert encoding.losses <= set(LOSSES)
-        for name in encoding.losses:
-            check_loss(encoding, name)
+        assert name in encoding.losses
+        for allowed in encoding.losses:
+            check_loss(encoding, allowed)
+    assert set(COMPARED_LOSSES) < TopK(3).losses
     with pytest.raises(
         MismatchError, match=r"a topk store allows \(.*\), got kl; it needs the teacher's logits of all"
     ):
         check_loss(TopK(3), "kl")
-    with pytest.raises(MismatchError, match="got mse; it needs the teacher's logits of all classes"):
-        check_loss(TopK(3), "mse")
-    with pytest.raises(MismatchError, match="got tail-bucket; it is made for kept entries and a tail"):
-        check_loss(Dense(), "tail-bucket")
+    for name in ("kl", "reverse-kl", "jsd", "tail-bucket", "truncated", "renormalised"):
+        with pytest.raises(
+            MismatchError, match=rf"a sample store allows \(sampled-ce\), got {name}; it is biased on draws"
+        ):
+            check_loss(Sample(9), name)
+    for without_mse in (TopK(3), Sample(9)):
+        with pytest.raises(MismatchError, match="got mse; it needs the teacher's logits of all classes"):
+            check_loss(without_mse, "mse")
+    for whole in (Dense(), Hidden(4)):
+        with pytest.raises(MismatchError, match="got tail-bucket; it is made for kept entries and a tail"):
+            check_loss(whole, "tail-bucket")
+    for exact in (Dense(), Hidden(4), TopK(3)):
+        with pytest.raises(MismatchError, match="got sampled-ce; it is made for draws, and here the teacher's own"):
+            check_loss(exact, "sampled-ce")
     with pytest.raises(ValueError, match=r"loss: expected one of kl, .*, got 'l2'"):
         check_loss(Dense(), "l2")
     assert [name for name in LOSSES if not uses_temperature(name)] == ["mse"]
 
 
+def test_a_loss_of_hidden_states_is_that_of_their_logits_and_runs_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = Head(torch.randn(7, 4), torch.randn(7), 0.8, 6.0)
+    targets = HiddenTargets(torch.randn(6, 4).half(), head, torch.tensor([True] * 5 + [False]), 2.0)
+    dense = DenseTargets(head.logits(targets.hidden_NW.float()), targets.valid_N, 2.0)
+    student = torch.randn(6, 7)
+    seen: list[int] = []
+    logits = Head.logits
+
+    def watched(self: Head, hidden_RW: torch.Tensor) -> torch.Tensor:
+        seen.append(len(hidden_RW))
+        return logits(self, hidden_RW)
+
+    monkeypatch.setattr(Head, "logits", watched)
+    monkeypatch.setattr("studenttrain.loss.CHUNK_BYTES", {"cpu": 4 * 7 * 4})
+    for name in DENSE:
+        with torch.autocast("cpu", torch.bfloat16):  # the teacher is not run with fewer bits
+            found = soft_loss(name, student, targets)
+        torch.testing.assert_close(found, soft_loss(name, student, dense), rtol=1e-5, atol=1e-5)
+        grad = gradient(partial(soft_loss, name, targets=targets), student)
+        expected = gradient(partial(soft_loss, name, targets=dense), student)
+        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
+    assert max(seen) == 4
+    assert soft_loss(
+        "kl", student[:0], replace(targets, hidden_NW=targets.hidden_NW[:0], valid_N=all_valid(0))
+    ).shape == (0,)
+
+
+def test_a_chunk_has_as_many_rows_as_fit() -> None:
+    cpu = torch.device("cpu")
+    assert rows_at_once(1000, cpu, 40_000) == 10
+    assert rows_at_once(1000, cpu, 39_999) == 9
+    assert rows_at_once(1000, cpu, 1) == 1
+    assert 32 << 20 <= 4 * 151_936 * rows_at_once(151_936, cpu) <= 64 << 20
+
+
+def test_the_logsumexp_of_the_others_does_not_cancel_and_may_be_none() -> None:
+    logits = torch.tensor([[300.0, 1.0, 0.0, 2.0], [300.0, -math.inf, -math.inf, -math.inf]])
+    kept, rest = kept_and_rest(logits, torch.tensor([[0], [0]]), 1.0)
+    assert kept.tolist() == [[300.0], [300.0]]
+    torch.testing.assert_close(rest, torch.tensor([torch.tensor([1.0, 0.0, 2.0]).logsumexp(0), -math.inf]))
+    assert torch.equal(logits[1], torch.tensor([300.0, -math.inf, -math.inf, -math.inf]))  # the caller's are left
+    lse, softmax = lse_and_softmax(logits.clone(), torch.empty(2, 4))
+    torch.testing.assert_close(lse, logits.logsumexp(1))
+    torch.testing.assert_close(softmax, logits.softmax(1))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"loss: expected one of kl, .* on DenseTargets, got 'tail-bucket'"):
         soft_loss("tail-bucket", torch.zeros(6, 7), targets_of(Dense(), random_logits()))
+    with pytest.raises(ValueError, match=r"loss: expected one of sampled-ce on SampleTargets, got 'kl'"):
+        soft_loss("kl", torch.zeros(6, 7), targets_of(Sample(9), random_logits()))
     manifest, arrays = stored(TopK(3), random_logits(), 4.0)
     with pytest.raises(MismatchError, match=r"temperature: expected one that the store declares \(4\), got 2;"):
         build_targets(manifest, arrays, 2.0)
