@@ -174,7 +174,7 @@ def command(config: FitConfig) -> list[str]:
     words = ["fit"]
     defaults = {field.name: field.default for field in dataclasses.fields(FitConfig)}
     for name, value in config.to_json().items():
-        if value != defaults[name]:
+        if value is not None and value != defaults[name]:
             words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     return words
 
