@@ -221,9 +221,10 @@ def _stats_text(figures: "Stats") -> str:
     shown = [
         f"{unnamed}{class_label(figures, i)[:NAME_CHARACTERS]}: {format_count(figures.top1_counts[i])}"
         for i in order[:SHOWN_CLASSES]
+        if figures.sequences is None or figures.top1_counts[i]
     ]
-    others = format_count(figures.num_classes - SHOWN_CLASSES) + (" classes" if kind == "class" else " ids")
-    more = f", and {others} more" if figures.num_classes > SHOWN_CLASSES else ""
+    others = figures.num_classes - len(shown)
+    more = f", and {format_count(others)} {'classes' if kind == 'class' else 'ids'} more" if others else ""
     lines.append(f"  top-1            {', '.join(shown)}{more}")
     for unit, costs in (("row  ", figures.bytes_per_row), ("token", figures.bytes_per_token)):
         if costs is not None:

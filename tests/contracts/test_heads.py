@@ -191,8 +191,8 @@ def test_a_damaged_head_is_found_by_whoever_reads_it_and_by_verify(kind: str, is
         changes = [bytearray(data) for _ in range(6)]
         for changed in changes:
             changed[int(generator.integers(len(data)))] ^= 1 << int(generator.integers(8))
-        for changed in (*changes, data[: len(data) // 2], b""):
-            file.write_bytes(changed)
+        for wrong in (*map(bytes, changes), data[: len(data) // 2], b""):
+            file.write_bytes(wrong)
             with open_store(path) as store, pytest.raises(DamageError, match="expected the digest in the manifest to"):
                 store.head()
             assert [item.message for item in verify(path).damage if "head/weight.npy and head/bias.npy" in item.message]

@@ -17,7 +17,12 @@ from storage.sequences import Sequences, next_tokens
 
 def sequences_of(num_positions: int = 5, **fields: Any) -> Sequences:
     """Sequences with tokens, of a tokenizer, with other fields where a test asks for them."""
-    options = {"num_positions": num_positions, "has_tokens": True, "tokenizer": "ef" * 32, "num_padded": 2}
+    options: dict[str, Any] = {
+        "num_positions": num_positions,
+        "has_tokens": True,
+        "tokenizer": "ef" * 32,
+        "num_padded": 2,
+    }
     return Sequences(**(options | fields))
 
 

@@ -183,6 +183,7 @@ def test_stored_manifests_that_can_not_be_are_damage() -> None:
         Manifest.from_json(value | {"num_rows": 0})
     with pytest.raises(DamageError, match="manifest: expected a valid 'corpus'; take another copy"):
         Manifest.from_json({name: value[name] for name in value if name != "corpus"})
+    wrong: dict[str, Any]
     for wrong in ({"num_rows": "many"}, {"temperatures": 1}, {"class_names": 3}, {"encoding": 3}, {"lineage": [3]}):
         with pytest.raises(DamageError, match="manifest: expected a valid"):
             Manifest.from_json(value | wrong)

@@ -14,7 +14,7 @@ from storage.encodings.sample import systematic_counts, uniforms
 from storage.errors import DamageError, NotSealedError, PathError
 from storage.manifest import Manifest
 from storage.records import QuarantineEntry
-from storage.scan import Stats, stats, write_picture
+from storage.scan import Stats, statistics, stats, write_picture
 from storage.scan.statistics import _Tally
 from storage.writer import StoreWriter
 from tests.storage.scan_stores import BLURRED, BROKEN, hard_targets_of, logits_of, manifest_of, shard_of, write_store
@@ -211,11 +211,12 @@ def test_a_store_of_refused_rows_has_figures_and_a_picture(tmp_path: Path) -> No
     write_picture(figures, tmp_path / "a.html")
 
 
-def test_reasons_beyond_a_thousand_are_counted_as_others(tmp_path: Path) -> None:
-    figures = stats(refused_store(tmp_path / "a.zarr", 260))
-    assert len(figures.refused) == 1001
-    assert sum(item.num_rows for item in figures.refused) == 2080
-    assert figures.refused[0].reason == "other reasons"
+def test_reasons_beyond_the_most_are_counted_as_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "MAX_REASONS", 10)
+    figures = stats(refused_store(tmp_path / "a.zarr", 4))
+    assert len(figures.refused) == 11
+    assert sum(item.num_rows for item in figures.refused) == 32
+    assert (figures.refused[0].reason, figures.refused[0].num_rows) == ("other reasons", 12)
 
 
 def test_a_store_without_sealed_shards_is_refused(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_flat_positions_are_views_of_what_is_of_positions() -> None:
 
 
 def test_rows_of_one_distribution_are_flat_as_they_are() -> None:
-    arrays = {"status": np.zeros(3, np.uint8), "lse": np.zeros((3, 2), np.float32)}
+    arrays: dict[str, Array] = {"status": np.zeros(3, np.uint8), "lse": np.zeros((3, 2), np.float32)}
     assert flatten_positions(None, arrays) == arrays
 
 
