@@ -227,7 +227,10 @@ def _drawn(centred_NC: Tensor, temperature: float, uniform_N: Tensor, encoding: 
     num_rows, num_classes = centred_NC.shape
     cdf_NC = centred_NC.double().div_(temperature).exp_().cumsum(1)
     points_J = torch.arange(encoding.draws, device=centred_NC.device, dtype=torch.float64)
-    points_NJ = (uniform_N[:, None] + points_J) / encoding.draws * cdf_NC[:, -1:]
+    total_N1 = cdf_NC[:, -1:]
+    points_NJ = (uniform_N[:, None] + points_J) / encoding.draws * total_N1
+    # rounding must not take a point to the end: behind the last class with any mass
+    points_NJ = torch.minimum(points_NJ, torch.nextafter(total_N1, torch.zeros_like(total_N1)))
     drawn_NJ = torch.searchsorted(cdf_NC, points_NJ, right=True).clamp_(max=num_classes - 1)
     is_new_NJ = torch.ones_like(drawn_NJ)
     is_new_NJ[:, 1:] = drawn_NJ[:, 1:] != drawn_NJ[:, :-1]
