@@ -51,7 +51,7 @@ def chunked_losses(
         name: of the soft loss; not looked at without targets.
         hard_targets_R: true classes, -1 where unknown, or None: the hard losses are then 0.
         weights: of each soft and each hard loss in what is minimised, 0 or above, up to a factor that both share. The
-            gradients are then computed along with the losses, a third faster, and for this sum alone.
+            gradients are then computed along with the losses, which saves a product with the head; for this sum alone.
         chunk_bytes: about what the float32 logits of a chunk take; None: what suits the device.
 
     Raises:
