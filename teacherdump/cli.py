@@ -6,10 +6,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from storage.console import (
-    command_errors,
-    parse_size,
-)
+from storage.console import command_errors, parse_size, progress
 from storage.encodings.values import ValueType
 from storage.manifest import Compressor
 from teacherdump.config import (
@@ -146,9 +143,24 @@ _OPTIONS = (
 )  # fmt: skip
 
 
+# What `audit` takes of these: it finds the rest in the store.
+_OF_AUDIT = (
+    "models", "data", "arch", "combine", "device", "batch_size", "compile", "corpus_kind", "tokenizer", "token_dtype",
+    "boundaries", "separator", "text_field", "vocab_size", "labels", "array", "readers", "trust_pickle", "quiet",
+)  # fmt: skip
+
+
 def _dump_options(command: F) -> F:
     for option in reversed(_OPTIONS):
         command = option(command)
+    return command
+
+
+def _audit_options(command: F) -> F:
+    for option in reversed(_OPTIONS):
+        alone = option(lambda: None)
+        if alone.__click_params__[0].name in _OF_AUDIT:  # type: ignore[attr-defined]
+            command = option(command)
     return command
 
 
@@ -178,6 +190,42 @@ def plan_command(quiet: bool, as_json: bool, **options: Any) -> None:
 
         plan = preview(config, _silence if quiet else _note)
         click.echo(json.dumps(plan.to_json(), indent=2) if as_json else plan.summary())
+
+
+@main.command("audit")
+@_audit_options
+@click.option("--targets", required=True, callback=_read_by(_parse_path), metavar="PATH", help="The store.")
+@click.option("--rows", type=int, default=64, show_default=True, metavar="N", help="Rows that are scored again.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the choice of rows.")
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), help="Of the teacher's matrix products; default: the store's."
+)
+@click.option(
+    "--tolerance",
+    type=float,
+    metavar="X",
+    help="What a logit may be off by, a share of its row's largest; default: 1e-4, bf16 5e-2, fp16 1e-2.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def audit_command(
+    targets: str, rows: int, seed: int, tolerance: float | None, quiet: bool, as_json: bool, **options: Any
+) -> None:
+    """Score random rows of a store again: whether they are faithful, and what the encoding gave up.
+
+    Exits with 1 where they are not faithful.
+    """
+    with command_errors():
+        from storage.reader import open_store
+        from teacherdump.audit import AuditOptions, audit, config_for
+
+        chosen = AuditOptions(rows, seed, tolerance)
+        with open_store(targets) as store:
+            config, num_rows = config_for(store.manifest, out=targets, **options), store.num_sealed_rows
+        with progress(min(rows, num_rows), "rows", "auditing", quiet=quiet) as bar:
+            result = audit(targets, config, chosen, bar)
+        click.echo(json.dumps(result.to_json(), indent=2, allow_nan=False) if as_json else result.summary())
+        if not result.ok:
+            raise SystemExit(1)
 
 
 def _note(text: str) -> None:

@@ -182,7 +182,7 @@ def prepare(source: Source, say: Say) -> "Job":
             "teacher; the code behind --arch has changed: give --out another path"
         )
     _check_classes(source.corpus, num_classes)
-    kept = None if head is None else _kept_head(head, num_classes)
+    kept = None if head is None else kept_head(head, num_classes)
     hidden = None if head is None or kept is None else _hidden_encoding(head, kept)
     draft = source.manifest(num_classes, {}, hidden, num_outputs - num_classes)
     if config.batch_size is not None and config.batch_size > (teacher.max_batch or config.batch_size):
@@ -210,7 +210,7 @@ def _head_of(config: DumpConfig, teacher: "Teacher") -> "Head | None":
     return teacher.head() if config.encoding == "hidden" else None
 
 
-def _kept_head(head: "Head", num_classes: int) -> HeadArrays:
+def kept_head(head: "Head", num_classes: int) -> HeadArrays:
     """The head as it is stored: as it is where numpy has its type, else in float32."""
     import torch
 

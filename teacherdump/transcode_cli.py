@@ -29,7 +29,7 @@ from teacherdump.config import ENCODINGS
 @click.option(
     "--values",
     type=click.Choice(get_args(ValueType)),
-    help="How a logit, or a hidden state, is stored; default: as it was, and at most float16 where the encoding changes.",
+    help="How a logit, or a hidden state, is stored; default: as it was, or float16 in another encoding.",
 )
 @click.option(
     "--compressor", type=click.Choice(get_args(Compressor)), help="Default: zstd for topk and sample, else none."

@@ -1,6 +1,5 @@
 """A store is written in a smaller encoding without the teacher, and says what the teacher would have said."""
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,45 +24,12 @@ from teacherdump.config import DumpConfig
 from teacherdump.run import run
 from teacherdump.transcode import TranscodeOptions, TranscodeResult, choose_encoding, transcode
 from tests.storage.scan_stores import manifest_of, write_store
-
-Build = Callable[..., DumpConfig]
-MLP = "mlp:12-16-300"
-GPT = "gpt:1x16,heads=2,vocab=300"
+from tests.teacherdump.small_dumps import Dump, dumper
 
 
 @pytest.fixture(scope="module", params=["classes", "sequences"])
-def dumped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Dump with options, once: 100 rows of 300 classes, two refused; or 44 sequences over 290 tokens, some of several
-    documents."""
-    folder, arch = tmp_path_factory.mktemp(request.param), MLP if request.param == "classes" else GPT
-    torch.manual_seed(3)
-    model = build_model(arch)
-    with torch.no_grad():  # as sharp as a trained one
-        for weight in model.parameters():
-            weight.mul_(3)
-    torch.save(model.state_dict(), folder / "teacher.pt")
-    generator = np.random.default_rng(0)
-    options: dict[str, Any] = {"models": (str(folder / "teacher.pt"),), "arch": arch, "device": "cpu"}
-    options |= {"batch_size": 7, "shard_rows": 48}
-    if request.param == "classes":
-        rows = generator.normal(size=(100, 12)).astype(np.float32) * 2
-        rows[[5, 70]] = np.inf
-        np.save(folder / "corpus.npy", rows)
-        np.save(folder / "labels.npy", np.arange(100) % 300 - 1)
-        options |= {"data": str(folder / "corpus.npy"), "labels": str(folder / "labels.npy")}
-    else:
-        np.save(folder / "tokens.npy", generator.integers(0, 290, 700).astype(np.uint16))
-        np.save(folder / "starts.npy", np.array([0, 50, 333]))
-        options |= {"data": str(folder / "tokens.npy"), "boundaries": str(folder / "starts.npy")}
-        options |= {"sequence_length": 16, "vocab_size": 290}
-
-    @functools.cache
-    def dump(**more: Any) -> Path:
-        path = folder / f"{len(list(folder.glob('*.zarr')))}.zarr"
-        run(DumpConfig(**{**options, "temperatures": (1.0, 2.0), "out": str(path), **more}))
-        return path
-
-    return dump
+def dumped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dump:
+    return dumper(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def all_arrays(store: Store) -> dict[str, np.ndarray[Any, Any]]:
@@ -86,7 +52,7 @@ def assert_same_rows(path: Path, expected: Path) -> None:
 
 
 def test_what_is_made_of_a_dense_float32_store_is_byte_for_byte_what_the_teacher_gives(
-    dumped: Callable[..., Path], tmp_path: Path
+    dumped: Dump, tmp_path: Path
 ) -> None:
     source = dumped(values="float32")
     wanted: list[dict[str, Any]] = [
@@ -104,9 +70,7 @@ def test_what_is_made_of_a_dense_float32_store_is_byte_for_byte_what_the_teacher
         assert_same_rows(tmp_path / f"{index}.h5", expected)
 
 
-def test_what_is_made_of_hidden_states_is_close_to_what_the_teacher_gives(
-    dumped: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_what_is_made_of_hidden_states_is_close_to_what_the_teacher_gives(dumped: Dump, tmp_path: Path) -> None:
     source = dumped(encoding="hidden", values="float32")
     for options in ({"encoding": "topk", "k": 20}, {"encoding": "dense", "values": "float32"}):
         direct = dumped(**options)
@@ -126,7 +90,7 @@ def test_what_is_made_of_hidden_states_is_close_to_what_the_teacher_gives(
                 assert (found["ids"] == expected["ids"]).mean() > 0.99
 
 
-def test_hidden_states_become_float16_beside_the_same_head(dumped: Callable[..., Path], tmp_path: Path) -> None:
+def test_hidden_states_become_float16_beside_the_same_head(dumped: Dump, tmp_path: Path) -> None:
     source = dumped(encoding="hidden", values="float32")
     direct = dumped(encoding="hidden")
     transcode(source, tmp_path / "half.zarr", TranscodeOptions(values="float16"))
@@ -139,7 +103,7 @@ def test_hidden_states_become_float16_beside_the_same_head(dumped: Callable[...,
 
 
 def test_fewer_entries_are_those_of_a_direct_dump_and_the_tail_takes_what_is_dropped(
-    dumped: Callable[..., Path], tmp_path: Path
+    dumped: Dump, tmp_path: Path
 ) -> None:
     for values in ("float32", "float16"):
         source = dumped(encoding="topk", k=256, values=values)
@@ -163,7 +127,7 @@ def all_values(path: Path) -> np.ndarray[Any, Any]:
         return loaded_values(all_arrays(store))
 
 
-def test_uint8_values_are_within_their_bound_of_the_float16_ones(dumped: Callable[..., Path], tmp_path: Path) -> None:
+def test_uint8_values_are_within_their_bound_of_the_float16_ones(dumped: Dump, tmp_path: Path) -> None:
     for options in ({"encoding": "dense"}, {"encoding": "topk", "k": 40}):
         source = dumped(**options)
         path = tmp_path / f"{options['encoding']}-bytes.zarr"
@@ -185,7 +149,7 @@ def test_uint8_values_are_within_their_bound_of_the_float16_ones(dumped: Callabl
         assert (error <= codes["value_range"][:, None] / 510 * (1 + 2e-4)).all()
 
 
-def test_bytes_are_taken_over_as_they_are(dumped: Callable[..., Path], tmp_path: Path) -> None:
+def test_bytes_are_taken_over_as_they_are(dumped: Dump, tmp_path: Path) -> None:
     """To quantise them a second time, with a smaller range, would move them a second time."""
     source = dumped(values="uint8")
     transcode(source, tmp_path / "topk.zarr", TranscodeOptions("topk", k=10))
@@ -205,9 +169,7 @@ def test_bytes_are_taken_over_as_they_are(dumped: Callable[..., Path], tmp_path:
         np.testing.assert_array_equal(new["value_range"], old["value_range"])
 
 
-def test_the_manifest_keeps_who_made_the_rows_and_says_what_they_went_through(
-    dumped: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_the_manifest_keeps_who_made_the_rows_and_says_what_they_went_through(dumped: Dump, tmp_path: Path) -> None:
     source = dumped()
     first = transcode(source, tmp_path / "topk.zarr", TranscodeOptions("topk", k=8))
     second = transcode(tmp_path / "topk.zarr", tmp_path / "fewer.zarr", TranscodeOptions(k=4, temperatures=(2.0,)))
