@@ -1,7 +1,7 @@
 """A student with the teacher live, at the same rows in the same order as `studenttrain fit` sees them: the full KL.
 
     python -m benchmarks.shakespeare.live --teacher RUN/teacher.pt --arch gpt:4x128 --targets RUN/dense.zarr \
-        --student gpt:2x64 --steps 1500 --seed 0 --out RUN/live-seed0
+        --student gpt:2x64 --steps 600 --seed 0 --out RUN/live-seed0
 
 It is `studenttrain.train.train` with the teacher where stored targets would be decoded; of the store it takes the
 tokens and the order of the rows. Writes the student's weights and card as `fit` does, for `studenttrain eval`.
