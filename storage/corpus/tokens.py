@@ -45,6 +45,7 @@ def open_tokens(path: Path, options: SequenceOptions) -> TokenCorpus:
     tokenizer = open_tokenizer(options)
     ids_T = _open_ids(path, options.dtype, where)
     check_num_tokens(len(ids_T), where)
+    _check_type(ids_T, options.vocab_size or (None if tokenizer is None else tokenizer.vocab_size), where)
     if options.boundaries is not None:
         starts_D = _read_boundaries(options.boundaries, len(ids_T))
     elif options.separator is not None:
@@ -114,6 +115,16 @@ def _open_ids(path: Path, dtype: str | None, where: str) -> Array:
             f"bytes off: tail -c +{_LLMC_HEADER_BYTES + 1} FILE"
         )
     return np.asarray(np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r"))
+
+
+def _check_type(ids_T: Array, vocab_size: int | None, where: str) -> None:
+    """Refuse a type that can't hold every id of the vocabulary: larger ids were wrapped when they were written."""
+    largest = int(np.iinfo(ids_T.dtype).max)
+    if vocab_size is not None and vocab_size - 1 > largest:
+        raise CorpusError(
+            f"{where}: expected ids of a type that holds a vocabulary of {vocab_size}, got {ids_T.dtype.name}, which "
+            f"ends at {largest}; write them as {np.min_scalar_type(vocab_size - 1)}, or give their own tokenizer"
+        )
 
 
 def _read_boundaries(name: str, num_tokens: int) -> NDArray[np.int64]:

@@ -57,6 +57,7 @@ def make_dump(folder: Path, teacher: RowTeacher) -> Ground:
 
 def train_live(config: FitConfig, teacher: RowTeacher) -> dict[str, torch.Tensor]:
     """The loop with the teacher in it; of the store, only the order of the rows is used."""
+    assert config.data is not None
     store, corpus = open_store(config.targets), open_corpus(config.data)
     objective = choose_objective(config, store.manifest, True)
 

@@ -393,3 +393,13 @@ def test_boundaries_that_can_not_be_read_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "c.npz", a=[0])
     with pytest.raises(CorpusError, match="got another file or array; save them as one flat array"):
         open_tokens(path, 4, boundaries=str(tmp_path / "c.npz"))
+
+
+def test_a_type_that_can_not_hold_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(100, dtype=np.uint8))
+    message = (
+        r"expected ids of a type that holds a vocabulary of 257, got uint8, which ends at 255; write them as uint16"
+    )
+    with pytest.raises(CorpusError, match=message):
+        open_corpus(tmp_path / "ids.npy", sequence=SequenceOptions(8, vocab_size=257))
+    assert open_corpus(tmp_path / "ids.npy", sequence=SequenceOptions(8, vocab_size=256)).num_samples == 13
