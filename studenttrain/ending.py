@@ -209,4 +209,5 @@ def _store_rows(prepared: Prepared) -> dict[str, Any]:
         "teacher": ", ".join(f"{name} {value}" for name, value in manifest.teacher.items() if value is not None),
         "corpus": f"{manifest.corpus.get('kind')}, fingerprint {manifest.corpus.get('fingerprint')}",
         "preprocessing": json.dumps(dict(manifest.preprocess)),
+        **({} if manifest.sequences is None else {"sequences": json.dumps(manifest.sequences.to_json())}),
     }

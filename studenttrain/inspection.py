@@ -163,7 +163,7 @@ def spread_pieces(store: Store, most: int, num_pieces: int = 25) -> list[tuple[i
     chunks = [(shard, chunk) for shard in store.sealed_shards() for chunk in range(layout.num_chunks(shard))]
     if store.num_sealed_rows <= most:
         return [layout.chunk_bounds(*place) for place in chunks]
-    chosen = sorted({int(index) for index in np.linspace(0, len(chunks) - 1, num_pieces)})
+    chosen = sorted({int(index) for index in np.linspace(0, len(chunks) - 1, min(num_pieces, most))})
     bounds = [layout.chunk_bounds(*chunks[index]) for index in chosen]
     return [(start, min(stop, start + most // len(chosen))) for start, stop in bounds]
 

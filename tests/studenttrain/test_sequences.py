@@ -15,6 +15,7 @@ from storage.encodings import Dense, Encoding, Sample, TopK
 from storage.errors import CorpusError, CorpusMismatchError, MismatchError, StudentError
 from storage.reader import open_store
 from studenttrain.export import load_student
+from studenttrain.inspection import spread_pieces
 from studenttrain.train import fit
 from studenttrain.trial import try_student
 from tests.studenttrain.runs import assert_same_weights, final_state, metric_lines
@@ -174,6 +175,15 @@ def test_a_student_of_ones_own_learns_the_table(tmp_path: Path, encoding: Encodi
     figures = try_student(config.out, targets=config.targets, quiet=True)
     assert figures.agreement is not None
     assert figures.agreement > 0.8
+
+
+@pytest.mark.parametrize("most", [1, 3, 20, 1000])
+def test_rows_to_look_at_are_as_many_as_were_asked_for(tmp_path: Path, most: int) -> None:
+    ground = make_token_ground(tmp_path)
+    with open_store(ground.targets) as store:
+        pieces = spread_pieces(store, most)
+        assert min(most, store.manifest.num_rows) / 2 <= sum(stop - start for start, stop in pieces)
+        assert sum(stop - start for start, stop in pieces) <= max(most, 1)
 
 
 def test_a_report_shows_the_context_of_some_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
