@@ -158,9 +158,9 @@ def distributions(
             panel.tick_params(axis="x", labelsize=7, length=0)
             panel.grid(visible=True, axis="y")
         panels[0].set(ylabel="probability", ylim=(0, 1))
-        panels[-1].legend(loc="upper right", fontsize=7)
+        panels[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7)  # beside the bars, not on them
 
-    return draw(max(3.0, 2.05 * len(temperatures)), 2.3, paint)
+    return draw(max(3.0, 2.05 * len(temperatures)) + 1.0, 2.3, paint)
 
 
 def _axes(figure: Figure, xlabel: str, ylabel: str) -> Axes:
