@@ -19,7 +19,7 @@ from storage.arrays import STATUS_OK, Array
 from storage.console import Pass
 from storage.corpus import Corpus, Preprocess, open_corpus
 from storage.corpus.defaults import check_preprocess
-from storage.encodings import Encoding, Hidden, encoding_from_json
+from storage.encodings import Hidden, encoding_from_json
 from storage.errors import CorpusMismatchError, MismatchError, NotSealedError
 from storage.head import head_digest
 from storage.manifest import Manifest
@@ -32,8 +32,9 @@ from teacherdump.dump import Job, ReadBatch, read_rows
 from teacherdump.faithful import Fresh, Held
 from teacherdump.model_file import teacher_identity
 from teacherdump.plan import cpu_batch_sequences, cpu_batch_size
+from teacherdump.rescoring import is_given, parts_of, speak
 from teacherdump.source import MOST_READERS, kept_head
-from teacherdump.teacher import CHUNK_VALUES, Said, Teacher, load_teacher
+from teacherdump.teacher import Said, Teacher, load_teacher
 
 # How far a logit may move between two runs of one teacher, as a share of the largest of its row.
 TOLERANCES: dict[str, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
@@ -212,14 +213,6 @@ def _notes(store: Store, corpus: Corpus, precision: Precision) -> Iterator[str]:
         yield f"the teacher ran in {then} then, and in {precision} now"
 
 
-def _speak(job: Job, inputs: Tensor) -> Iterator[Said]:
-    """What the teacher says, as in a dump, with hidden states where the store, or one before it, kept them."""
-    keeps_hidden = bool(_hidden_encodings(job.manifest))
-    if job.manifest.sequences is None:
-        return job.teacher.speak(inputs, keeps_hidden)
-    return job.teacher.speak_tokens(inputs, job.manifest.num_classes, keeps_hidden)
-
-
 def _audit_batch(job: Job, store: Store, read: ReadBatch, tally: Tally) -> None:
     """Compare one batch of rows."""
     manifest, rows_N = job.manifest, read.batch.rows_N
@@ -230,42 +223,21 @@ def _audit_batch(job: Job, store: Store, read: ReadBatch, tally: Tally) -> None:
     has_targets_N = stored["status"] == STATUS_OK
     gives_targets_N = ~np.isin(np.arange(len(rows_N)), list(read.batch.errors))
     start = 0
-    for said in _speak(job, read.inputs.to(job.teacher.device)):
+    for said in speak(job, read.inputs, bool(_hidden_encodings(manifest))):
         if said.logits_RC.shape[1] != manifest.num_classes:
             raise MismatchError(
                 f"{store.path}: expected a teacher of {manifest.num_classes} classes, got one of "
                 f"{said.logits_RC.shape[1]}; give the teacher that made the store"
             )
-        for part in _parts(said, manifest.num_classes):
+        for part in parts_of(said, manifest.num_classes):
             rows_R = np.arange(start, start + len(part.logits_RC)) // num_positions
-            is_given_R = _is_given(part, manifest.encoding)
+            is_given_R = is_given(part, manifest.encoding)
             np.logical_and.at(gives_targets_N, rows_R, is_given_R)
             some = slice(start, start + len(rows_R))
             chosen_R = np.flatnonzero(has_targets_N[rows_R] & is_given_R)
             _compare(read, part, some, rows_R, chosen_R, flat, tally)
             start = some.stop
     tally.compare_refusals(rows_N, has_targets_N, gives_targets_N)
-
-
-def _parts(said: Said, num_classes: int) -> Iterator[Said]:
-    """What a teacher said, in parts of which copies in float64 fit."""
-    most = CHUNK_VALUES.get(said.logits_RC.device.type, CHUNK_VALUES["cpu"])
-    step = max(1, most // num_classes)
-    for start in range(0, len(said.logits_RC), step):
-        hidden_RW = None if said.hidden_RW is None else said.hidden_RW[start : start + step]
-        yield Said(said.logits_RC[start : start + step], hidden_RW)
-
-
-def _is_given(said: Said, encoding: Encoding) -> NDArray[np.bool_]:
-    """Which rows are as a store keeps them: logits without NaN and +inf, hidden states finite as they are stored."""
-    largest_R = said.logits_RC.amax(1)
-    is_given_R = largest_R.isfinite()
-    if isinstance(encoding, Hidden):
-        assert said.hidden_RW is not None
-        stored_RW = said.hidden_RW.to(torch.float16 if encoding.values == "float16" else torch.float32)
-        is_given_R = is_given_R & stored_RW.isfinite().all(1)
-    given: NDArray[np.bool_] = is_given_R.cpu().numpy()
-    return given
 
 
 def _compare(

@@ -181,14 +181,30 @@ def run_command(quiet: bool, **options: Any) -> None:
 
 @main.command("plan")
 @_dump_options
+@click.option(
+    "--pilot-rows",
+    type=int,
+    metavar="N",
+    help="Rows that the teacher scores to try the encodings on; 0: none. Default: 256, or about 4,096 positions.",
+)
+@click.option(
+    "--student-epochs",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="E",
+    help="Epochs of a student run, for when a store has paid for itself.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-def plan_command(quiet: bool, as_json: bool, **options: Any) -> None:
-    """Say what `run` would do with the same options, and how long it would take; write nothing."""
+def plan_command(quiet: bool, as_json: bool, pilot_rows: int | None, student_epochs: float, **options: Any) -> None:
+    """Say what `run` would do with the same options, and what each encoding would cost and give up; write nothing."""
     with command_errors():
         config = DumpConfig(**options)
+        from teacherdump.pilot import PilotOptions
         from teacherdump.preview import preview
 
-        plan = preview(config, _silence if quiet else _note)
+        pilot = None if pilot_rows == 0 else PilotOptions(pilot_rows, student_epochs)
+        plan = preview(config, _silence if quiet else _note, pilot)
         click.echo(json.dumps(plan.to_json(), indent=2) if as_json else plan.summary())
 
 

@@ -10,6 +10,7 @@ from storage.errors import MismatchError
 from storage.reader import open_store
 from teacherdump.config import DumpConfig
 from teacherdump.dump import Job, read_one, sparsified
+from teacherdump.pilot import Pilot, PilotOptions, run_pilot
 from teacherdump.plan import Limits, batches, estimate
 from teacherdump.source import Say, open_source, prepare
 from teacherdump.sparsify import build_sparsify, copy_to_host
@@ -38,6 +39,7 @@ class Preview:
         rows_per_s: rows a second, reading and teacher, timed on the first batches owed; None where nothing is owed.
         hours: time that this run would take; None where nothing is owed.
         finalized: whether the store is finished.
+        pilot: every encoding tried on some rows; None where no pilot was asked for.
     """
 
     path: str
@@ -56,13 +58,17 @@ class Preview:
     rows_per_s: float | None
     hours: float | None
     finalized: bool
+    pilot: Pilot | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Every figure by name."""
         return asdict(self)
 
     def summary(self) -> str:
-        """The same in some lines for a person."""
+        """The same in some lines for a person, and the pilot's table behind them."""
+        return "\n".join([self._lines(), *([] if self.pilot is None else ["", self.pilot.table()])])
+
+    def _lines(self) -> str:
         lines = [
             f"store       {self.path}",
             f"rows        {format_count(self.num_rows)}, {format_count(self.num_classes)} classes",
@@ -79,8 +85,13 @@ class Preview:
         return "\n".join([*lines, f"to do       {what}, about {took}"])
 
 
-def preview(config: DumpConfig, say: Say = lambda _: None) -> Preview:
+def preview(config: DumpConfig, say: Say = lambda _: None, pilot: PilotOptions | None = None) -> Preview:
     """What `run` would do with the same options; loads the teacher and times it, and writes nothing.
+
+    Args:
+        config: the options.
+        say: told of what a person should know, a line each.
+        pilot: of a pilot; None makes none.
 
     Raises:
         StoreError: what `run` would raise before its first row.
@@ -109,6 +120,9 @@ def preview(config: DumpConfig, say: Say = lambda _: None) -> Preview:
     rows_per_s = time_batches(job, owed[0], TIMED_S) if owed else None
     limits = Limits(config.limit_samples, config.limit_hours, config.limit_bytes)
     planned = estimate(layout, owed, limits, manifest.row_bytes, rows_per_s)
+    tried = None
+    if pilot is not None:
+        tried = run_pilot(job, config, pilot, rows_per_s or time_batches(job, 0, TIMED_S))
     return Preview(
         path=config.out,
         num_rows=layout.num_rows,
@@ -126,6 +140,7 @@ def preview(config: DumpConfig, say: Say = lambda _: None) -> Preview:
         rows_per_s=rows_per_s,
         hours=None if planned.seconds is None else planned.seconds / 3600,
         finalized=finalized,
+        pilot=tried,
     )
 
 

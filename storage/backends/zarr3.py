@@ -56,6 +56,13 @@ def seal_name(shard: int) -> str:
     return f"seals/{shard:0{SEAL_DIGITS}d}.json"
 
 
+def zstd_codec(dtype: str) -> BloscCodec:
+    """What a chunk of a type is compressed by where the compressor is `zstd`."""
+    itemsize = np.dtype(dtype).itemsize
+    shuffle: Literal["shuffle", "noshuffle"] = "shuffle" if itemsize > 1 else "noshuffle"
+    return BloscCodec(cname="zstd", clevel=3, shuffle=shuffle, typesize=itemsize)
+
+
 class ZarrBackend:
     """A Zarr v3 group in a local folder, records as plain files beside the arrays."""
 
@@ -111,12 +118,7 @@ class ZarrBackend:
     def _create_array(self, group: zarr.Group, spec: ArraySpec, manifest: Manifest) -> None:
         codecs: list[Any] = [Crc32cCodec()]
         if manifest.compressor == "zstd":
-            itemsize = np.dtype(spec.dtype).itemsize
-            shuffle: Literal["shuffle", "noshuffle"] = "shuffle" if itemsize > 1 else "noshuffle"
-            codecs.insert(
-                0,
-                BloscCodec(cname="zstd", clevel=3, shuffle=shuffle, typesize=itemsize),
-            )
+            codecs.insert(0, zstd_codec(spec.dtype))
         group.create_array(
             spec.name,
             shape=(manifest.num_rows, *spec.row_shape),
