@@ -175,7 +175,9 @@ def prepare(source: Source, say: Say) -> "Job":
     )
     head = _head_of(config, teacher)
     num_outputs = _probe(source, teacher, say)
-    num_classes = _vocabulary(source, num_outputs) if source.is_tokens else num_outputs
+    num_classes = num_outputs
+    if isinstance(source.corpus, TokenCorpus):
+        num_classes = _vocabulary(source.corpus, num_outputs)
     if there is not None and num_classes != there.num_classes:
         raise MismatchError(
             f"{config.out}: expected {there.num_classes} classes, as the store has them, got {num_classes} from the "
@@ -233,10 +235,8 @@ def _hidden_encoding(head: "Head", kept: HeadArrays) -> Hidden:
     )
 
 
-def _vocabulary(source: Source, num_outputs: int) -> int:
+def _vocabulary(corpus: TokenCorpus, num_outputs: int) -> int:
     """Entries of the vocabulary: as the tokenizer or an option says, else all that the teacher gives."""
-    corpus = source.corpus
-    assert isinstance(corpus, TokenCorpus)
     known = corpus.vocab_size
     if known is None:
         return num_outputs
@@ -252,11 +252,16 @@ def _probe(source: Source, teacher: "Teacher", say: Say) -> int:
     """Classes of the teacher, tried on the first samples."""
     import torch
 
+    from studenttrain.heads import find_head
     from teacherdump.teacher import probe_teacher, probe_tokens
 
     rows = np.arange(min(NUM_PROBE_ROWS, source.corpus.num_samples, teacher.max_batch or NUM_PROBE_ROWS))
     inputs_N = torch.from_numpy(read_batch(source.corpus, rows, source.preprocess).inputs)
     if isinstance(source.corpus, TokenCorpus):
+        for member in teacher.members:
+            owner = find_head(member.module)
+            if owner is not None:  # before an id that it does not know is looked up in it
+                _vocabulary(source.corpus, owner.output_head().num_classes)
         probe = probe_tokens(teacher, inputs_N.to(teacher.device), source.corpus.has_several_documents)
     else:
         probe = probe_teacher(teacher, inputs_N.to(teacher.device))

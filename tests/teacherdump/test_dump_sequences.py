@@ -177,6 +177,7 @@ def test_the_head_is_stored_once_and_a_resumed_run_keeps_it(folder: Path) -> Non
     ("options", "error", "message"),
     [
         ({"vocab_size": 60}, TeacherError, "expected a teacher of its vocabulary, 60 tokens, got one of 40"),
+        ({"vocab_size": 41}, TeacherError, "expected a teacher of its vocabulary, 41 tokens, got one of 40"),
         ({"vocab_size": 20}, CorpusError, r"expected token ids from 0 to 19, got \d+"),
         ({"arch": "tests.teacherdump.tokens:LooksAhead"}, TeacherError, "when a later token changed"),
         ({"arch": "tests.teacherdump.tokens:LooksAcross"}, TeacherError, "looks across; give a model that takes"),
