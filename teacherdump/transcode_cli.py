@@ -1,14 +1,16 @@
 """`logitstore transcode`: found by `logitstore` through an entry point, since storage knows nothing of torch."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
 from storage.console import command_errors, format_bytes, format_count, progress
-from storage.encodings.values import ValueType
-from storage.manifest import Compressor
-from teacherdump.config import ENCODINGS
+
+# Written out, so that `logitstore --help` loads no numpy.
+ENCODINGS = ("dense", "topk", "sample", "hidden")
+VALUES = ("float16", "float32", "uint8")
+COMPRESSORS = ("none", "zstd")
 
 
 @click.command("transcode")
@@ -28,12 +30,10 @@ from teacherdump.config import ENCODINGS
 )
 @click.option(
     "--values",
-    type=click.Choice(get_args(ValueType)),
+    type=click.Choice(VALUES),
     help="How a logit, or a hidden state, is stored; default: as it was, or float16 in another encoding.",
 )
-@click.option(
-    "--compressor", type=click.Choice(get_args(Compressor)), help="Default: zstd for topk and sample, else none."
-)
+@click.option("--compressor", type=click.Choice(COMPRESSORS), help="Default: zstd for topk and sample, else none.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda or cuda:N.")
 def transcode_command(source: Path, target: Path, **options: Any) -> None:
     """Write a finalized store to TARGET in a smaller encoding, without the teacher. Run again, it goes on."""
