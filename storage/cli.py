@@ -132,7 +132,11 @@ def finalize(store: Path, partial: bool) -> None:
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--compressor", type=click.Choice(["none", "zstd"]), help="Of the new store; by default as it was.")
+@click.option(
+    "--compressor",
+    type=click.Choice(["none", "zstd", "zstd-max"]),
+    help="Of the new store; by default as it was. zstd-max: the smallest, and very slow to write.",
+)
 @THREADS
 def convert(source: Path, target: Path, compressor: Any, threads: int | None) -> None:
     """Copy a finalized store to TARGET: Zarr, or HDF5 where it ends in .h5. Run again, it goes on where it stopped."""

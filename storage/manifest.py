@@ -16,6 +16,7 @@ FORMAT_NAME = "logit-store"
 FORMAT_VERSION = (1, 1)  # that is read; each store is of the lowest version that has all that it keeps
 OPTIONAL_FIELDS = ("sequences", "lineage")  # of later minor versions: left out of the JSON where they are None
 PER_POSITION = {"per": "position"}  # beside a sequence store's encoding: what makes a reader of 1.0 refuse it
+COMPRESSION, TIGHT = "compression", "max"  # in the provenance of a store that was packed tightly
 MOST_CHUNK_BYTES = (2 << 30) - 64  # of one array: what Blosc takes
 
 Compressor = Literal["none", "zstd"]
@@ -92,6 +93,14 @@ class Manifest:
                 f"chunk_rows: expected chunks of at most {MOST_CHUNK_BYTES:,} bytes, got "
                 f"{self.chunk_rows * largest.row_bytes:,} in {largest.name!r}; use fewer rows a chunk"
             )
+
+    @property
+    def is_packed_tightly(self) -> bool:
+        """Whether a writer shall spend as much time on compressing as it takes to save the last bytes.
+
+        It says how a store is written, not what it is: any reader of the compressor reads both.
+        """
+        return self.provenance.get(COMPRESSION) == TIGHT
 
     @cached_property
     def layout(self) -> Layout:

@@ -37,7 +37,7 @@ from storage.records import MANIFEST
 USER_BLOCK_BYTES = 512
 USER_BLOCK_START = b'{"format": "logit-store"'
 LIBVER = ("v110", "v110")  # superblock, headers and indices with checksums of their own
-GZIP_LEVEL = 1
+GZIP_LEVEL, TIGHT_GZIP_LEVEL = 1, 9
 
 
 class Hdf5Backend:
@@ -182,7 +182,7 @@ class Hdf5Backend:
         if self._manifest.compressor == "zstd":  # HDF5 ships no zstd: its own gzip, after the same byte shuffle
             options |= {
                 "compression": "gzip",
-                "compression_opts": GZIP_LEVEL,
+                "compression_opts": TIGHT_GZIP_LEVEL if self._manifest.is_packed_tightly else GZIP_LEVEL,
                 "shuffle": True,
             }
         chunks = (min(self._manifest.chunk_rows, num_rows), *spec.row_shape)

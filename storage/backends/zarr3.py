@@ -56,11 +56,18 @@ def seal_name(shard: int) -> str:
     return f"seals/{shard:0{SEAL_DIGITS}d}.json"
 
 
-def zstd_codec(dtype: str) -> BloscCodec:
-    """What a chunk of a type is compressed by where the compressor is `zstd`."""
-    itemsize = np.dtype(dtype).itemsize
-    shuffle: Literal["shuffle", "noshuffle"] = "shuffle" if itemsize > 1 else "noshuffle"
-    return BloscCodec(cname="zstd", clevel=3, shuffle=shuffle, typesize=itemsize)
+def zstd_codec(dtype: str, tight: bool = False) -> BloscCodec:
+    """What a chunk of a type is compressed by where the compressor is `zstd`.
+
+    Args:
+        dtype: of the array.
+        tight: whether to save the last bytes, at a hundredth of the speed. At the highest level zstd finds more in ids
+            as they are than in their bytes apart: the same few follow one another.
+    """
+    kind, itemsize = np.dtype(dtype).kind, np.dtype(dtype).itemsize
+    is_shuffled = itemsize > 1 and not (tight and kind == "u")
+    shuffle: Literal["shuffle", "noshuffle"] = "shuffle" if is_shuffled else "noshuffle"
+    return BloscCodec(cname="zstd", clevel=9 if tight else 3, shuffle=shuffle, typesize=itemsize)
 
 
 class ZarrBackend:
@@ -118,7 +125,7 @@ class ZarrBackend:
     def _create_array(self, group: zarr.Group, spec: ArraySpec, manifest: Manifest) -> None:
         codecs: list[Any] = [Crc32cCodec()]
         if manifest.compressor == "zstd":
-            codecs.insert(0, zstd_codec(spec.dtype))
+            codecs.insert(0, zstd_codec(spec.dtype, manifest.is_packed_tightly))
         group.create_array(
             spec.name,
             shape=(manifest.num_rows, *spec.row_shape),

@@ -3,17 +3,20 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from storage.backends import backend_for
 from storage.errors import DamageError, MismatchError, NotSealedError, PathError
 from storage.exclusive import sole_run
-from storage.manifest import Compressor, Manifest
+from storage.manifest import COMPRESSION, TIGHT, Manifest
 from storage.reader import Store, open_store
 from storage.records import array_digests
 from storage.scan.passes import Progress, fold_shards, one_at_a_time
 from storage.writer import StoreWriter
 
 CONVERTED_FROM = "converted_from"
+
+Packing = Literal["none", "zstd", "zstd-max"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class ConvertResult:
 def convert(
     source: str | Path,
     target: str | Path,
-    compressor: Compressor | None = None,
+    compressor: Packing | None = None,
     *,
     num_workers: int | None = None,
     progress: Progress | None = None,
@@ -52,7 +55,7 @@ def convert(
     Args:
         source: a finalized store.
         target: where the new one shall be.
-        compressor: of the new store; by default that of the old one.
+        compressor: of the new store, by default that of the old one; `zstd-max` is zstd that takes its time.
         num_workers: threads, each with a shard in memory; by default one for each core.
         progress: called with the number of rows: each row counts once when it is written, and once when it is checked.
 
@@ -82,11 +85,14 @@ def convert(
         return ConvertResult(str(target), digest, store.num_sealed_rows, num_bytes, store.backend.num_bytes())
 
 
-def _target_manifest(store: Store, compressor: Compressor | None) -> Manifest:
+def _target_manifest(store: Store, packing: Packing | None) -> Manifest:
     manifest = store.manifest
     origin = {"content_digest": store.content_digest, "name": Path(store.path).name, "compressor": manifest.compressor}
     provenance = {**manifest.provenance, CONVERTED_FROM: origin}
-    return replace(manifest, compressor=compressor or manifest.compressor, provenance=provenance)
+    provenance.pop(COMPRESSION, None)
+    if packing == "zstd-max":
+        return replace(manifest, compressor="zstd", provenance={**provenance, COMPRESSION: TIGHT})
+    return replace(manifest, compressor=packing or manifest.compressor, provenance=provenance)
 
 
 def _origin(manifest: Manifest) -> str | None:

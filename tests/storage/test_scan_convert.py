@@ -1,5 +1,6 @@
 """`convert`: the new store says just what the old one says."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,3 +139,21 @@ def test_nan_payloads_survive(tmp_path: Path) -> None:
     with open_store(source) as first, open_store(tmp_path / "b.h5") as second:
         one, two = (store.read(["lse"], 0, 8)["lse"].view(np.uint32) for store in (first, second))
     np.testing.assert_array_equal(one, two)
+
+
+def test_a_store_that_is_packed_tightly_says_the_same(tmp_path: Path) -> None:
+    source = write_store(tmp_path / "a.zarr", manifest_of(encoding=TopK(4), compressor="zstd"), 3)
+    tight = convert(source, tmp_path / "b.zarr", "zstd-max")
+    h5 = convert(source, tmp_path / "b.h5", "zstd-max")
+    back = convert(tmp_path / "b.zarr", tmp_path / "c.zarr", "zstd")
+    assert tight.content_digest == h5.content_digest == back.content_digest
+    codecs = json.loads((tmp_path / "b.zarr" / "ids" / "zarr.json").read_text())["codecs"][0]["configuration"]["codecs"]
+    assert codecs[1]["configuration"] | {"clevel": 9, "shuffle": "noshuffle"} == codecs[1]["configuration"]
+    assert verify(tmp_path / "b.zarr").ok
+    with open_store(tmp_path / "b.zarr") as packed, open_store(source) as plain:
+        assert packed.manifest.compressor == "zstd"
+        assert packed.manifest.is_packed_tightly
+        ids = packed.read(["ids"], 0, plain.manifest.num_rows)["ids"]
+        np.testing.assert_array_equal(ids, plain.read(["ids"], 0, plain.manifest.num_rows)["ids"])
+    with open_store(tmp_path / "c.zarr") as plain:
+        assert not plain.manifest.is_packed_tightly

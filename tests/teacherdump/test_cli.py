@@ -261,7 +261,7 @@ def test_bad_input_is_one_line_and_an_exit_code(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--encoding", "sample"], "'sample' is not one of 'dense', 'topk'"),
+        (["--encoding", "wave"], "'wave' is not one of 'dense', 'topk', 'sample', 'hidden'"),
         (["--batch-size", "many"], "expected auto or a number of at least 1, got 'many'"),
         (["--limit-bytes", "10 elephants"], "expected bytes such as 500MB or 2GiB"),
         (["--image-size", "8x8x3"], "expected pixels such as 224"),
