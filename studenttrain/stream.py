@@ -146,7 +146,7 @@ class TargetStream:
         self._targets = TargetReader(store, tuple(dict.fromkeys((*self.arrays, "status", "sample_digest", *beside))))
         self._readers = ThreadPoolExecutor(readers or min(MAX_READERS, len(os.sched_getaffinity(0))), "samples")
         self._ahead = ThreadPoolExecutor(1, "batches")
-        row_bytes = 4 * math.prod(preprocess.shape) + store.manifest.row_bytes
+        row_bytes = preprocess.dtype.itemsize * math.prod(preprocess.shape) + store.manifest.row_bytes
         # what is decoded a sample at a time takes long enough for a batch of its own
         most = GROUP_BATCHES if isinstance(corpus, ReadsRows) else 1
         self._group_batches = max(1, min(most, GROUP_BYTES // (row_bytes * -(-batch_size // world_size))))

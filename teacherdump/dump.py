@@ -212,7 +212,7 @@ def sparsified(job: Job, read: ReadBatch, sparsify: Sparsify) -> dict[str, Tenso
 @contextlib.contextmanager
 def read_ahead(job: Job, shards: Iterable[int]) -> Iterator[ReadAhead[ReadBatch]]:
     """The batches of shards, read in threads, a few ahead: as many as fit `READ_AHEAD_BYTES`."""
-    batch_bytes = 4 * int(np.prod(job.preprocess.shape)) * job.batch_size
+    batch_bytes = job.preprocess.dtype.itemsize * int(np.prod(job.preprocess.shape)) * job.batch_size
     depth = min(READ_AHEAD_BATCHES, max(1, READ_AHEAD_BYTES // batch_bytes))
     with (
         ThreadPoolExecutor(job.num_readers, "reader") as pool,
