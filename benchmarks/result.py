@@ -62,5 +62,9 @@ def _cpu() -> str:
 def _command() -> str:
     """The command as it is run from the repository's root, without where that is."""
     spec = sys.modules["__main__"].__spec__
-    words = ["-m", spec.name.removesuffix(".__main__")] if spec is not None else [os.path.relpath(sys.argv[0], RESULTS.parent.parent)]
+    words = (
+        ["-m", spec.name.removesuffix(".__main__")]
+        if spec is not None
+        else [os.path.relpath(sys.argv[0], RESULTS.parent.parent)]
+    )
     return shlex.join(["python", *words, *sys.argv[1:]])

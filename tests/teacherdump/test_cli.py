@@ -38,6 +38,11 @@ def make():
 """
 
 
+def heed_interrupts() -> None:
+    """As for a command in the foreground: the tests themselves may run in a background job, where SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def dump_in(folder: Path, *options: str, **popen: Any) -> subprocess.Popen[str]:
     """A process that dumps the folder's corpus: 200 rows in shards of 16, 30 ms a batch of 8."""
     command = [
@@ -53,6 +58,7 @@ def dump_in(folder: Path, *options: str, **popen: Any) -> subprocess.Popen[str]:
     command += ["--data", "corpus.npy", "--batch-size", "8", "--shard-rows", "16", "--device", "cpu", *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
+    popen.setdefault("preexec_fn", heed_interrupts)
     return subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True, **popen)
 
 
