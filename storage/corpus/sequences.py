@@ -146,7 +146,7 @@ class TokenCorpus:
     @property
     def row_bytes(self) -> int:
         """Bytes of one sample."""
-        return 8 * (self.sequence_length + 1)
+        return sample_bytes(self.sequence_length)
 
     def key(self, row: int) -> str:
         """Offsets of the first and the last token, the last of them shared with the next sequence."""
@@ -161,9 +161,7 @@ class TokenCorpus:
 
     def decode(self, raw: bytes) -> NDArray[np.uint32]:
         """Token ids and places (2, P + 1) of a sample's bytes."""
-        if len(raw) != self.row_bytes:
-            raise SampleError(f"expected {self.row_bytes} bytes of a sequence, got {len(raw)}; take another copy")
-        return np.frombuffer(raw, "<u4").reshape(2, self.sequence_length + 1)
+        return decode_sample(raw, self.sequence_length)
 
     def read_rows(self, rows_N: NDArray[np.int64]) -> NDArray[np.uint32]:
         """Token ids and places of some sequences, uint32 (N, 2, P + 1).
@@ -180,6 +178,27 @@ class TokenCorpus:
 
     def __reduce__(self) -> tuple[Callable[..., "TokenCorpus"], tuple[Any, ...]]:
         return self.opener, (self.path, self.options)
+
+
+def sample_bytes(length: int) -> int:
+    """Bytes of a sample of P positions: its token ids and their places, uint32.
+
+    Example:
+        >>> sample_bytes(7)
+        64
+    """
+    return 8 * (length + 1)
+
+
+def decode_sample(raw: bytes, length: int) -> NDArray[np.uint32]:
+    """Token ids and places (2, P + 1) of a sample's bytes.
+
+    Raises:
+        SampleError: they are too many, or too few.
+    """
+    if len(raw) != sample_bytes(length):
+        raise SampleError(f"expected {sample_bytes(length)} bytes of a sequence, got {len(raw)}; take another copy")
+    return np.frombuffer(raw, "<u4").reshape(2, length + 1)
 
 
 def token_corpus(

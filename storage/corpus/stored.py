@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.arrays import Array, Arrays
-from storage.corpus.protocol import SampleError, SampleKind, check_row
+from storage.corpus.protocol import SampleKind, check_row
+from storage.corpus.sequences import decode_sample, sample_bytes
 from storage.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class StoredTokens:
     @property
     def row_bytes(self) -> int:
         """Bytes of one sample."""
-        return 8 * (self.sequence_length + 1)
+        return sample_bytes(self.sequence_length)
 
     def key(self, row: int) -> str:
         """The row."""
@@ -86,9 +87,7 @@ class StoredTokens:
 
     def decode(self, raw: bytes) -> Array:
         """Token ids and places (2, P + 1) of a sample's bytes."""
-        if len(raw) != self.row_bytes:
-            raise SampleError(f"expected {self.row_bytes} bytes of a sequence, got {len(raw)}; take another copy")
-        return np.frombuffer(raw, "<u4").reshape(2, self.sequence_length + 1)
+        return decode_sample(raw, self.sequence_length)
 
     def read_rows(self, rows_N: NDArray[np.int64]) -> NDArray[np.uint32]:
         """Token ids and places of some sealed rows, uint32 (N, 2, P + 1).
