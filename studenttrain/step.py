@@ -218,6 +218,7 @@ def _losses_of_sequences(
 ) -> tuple[Tensor, Tensor]:
     """What `losses_of` gives, of token ids: a chunk of positions at a time where the student has a head apart."""
     owner = find_head(learner.student)
+    num_rows = max(1, counts.rows)  # every target of the step may be of another document
     with autocast(precision, batch.inputs.device):
         if owner is None:
             logits_NPC = sequence_logits(learner.trained, batch.inputs, batch.position_ids_NP)
@@ -230,10 +231,10 @@ def _losses_of_sequences(
                 batch.targets,
                 objective.loss,
                 batch.hard_targets_R,
-                weights=(objective.alpha / counts.rows, (1 - objective.alpha) / max(1, counts.hard)),
+                weights=(objective.alpha / num_rows, (1 - objective.alpha) / max(1, counts.hard)),
             )
     if owner is None:
         nothing = torch.zeros((), device=batch.inputs.device)
         soft_R = nothing if batch.targets is None else soft_loss(objective.loss, logits_RC, batch.targets)
         hard_R = nothing if batch.hard_targets_R is None else hard_loss(logits_RC, batch.hard_targets_R)
-    return soft_R.sum() / counts.rows, hard_R.sum() / max(1, counts.hard)
+    return soft_R.sum() / num_rows, hard_R.sum() / max(1, counts.hard)

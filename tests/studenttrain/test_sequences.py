@@ -23,6 +23,7 @@ from tests.studenttrain.sequences import (
     LENGTH,
     STUDENT,
     VOCABULARY,
+    TokenGround,
     hidden_encoding,
     make_token_ground,
     open_tokens,
@@ -85,6 +86,18 @@ def test_positions_whose_target_is_of_another_document_teach_nothing(tmp_path: P
     assert num_positions < arrays["position_ids"][:, 1:].size
     config = ground.config(epochs=3)
     assert fit(config, quiet=True).num_rows_seen == 3 * num_positions
+
+
+@pytest.mark.parametrize("student", ["gpt:1x16", "tests.studenttrain.test_sequences:Bigram"])
+def test_a_step_of_nothing_but_masked_positions_moves_nothing_and_harms_nothing(tmp_path: Path, student: str) -> None:
+    data = write_tokens(tmp_path, num_tokens=8 * LENGTH + 1)
+    np.save(tmp_path / "starts.npy", np.arange(3 * LENGTH, 5 * LENGTH + 1))  # a document for each token
+    targets = write_token_store(tmp_path / "targets.zarr", open_tokens(data, tmp_path / "starts.npy"), TopK(4))
+    config = TokenGround(tmp_path, data, targets).config(batch_size=1, student=student, epochs=1)
+    fit(config, quiet=True)
+    lines = metric_lines(config)
+    assert sum(line["soft_loss"] == 0 for line in lines) == 2
+    assert np.isfinite([line["soft_loss"] for line in lines]).all()
 
 
 def test_an_evaluation_counts_positions_with_a_target(tmp_path: Path) -> None:
