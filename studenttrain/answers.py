@@ -51,8 +51,7 @@ def answers(model: nn.Module, inputs: Tensor, num_classes: int | None = None) ->
         yield sequence_logits(model, token_ids_NP, position_ids_NP).flatten(0, 1)[:, :num_classes]
         return
     hidden_RW = sequence_output(model, token_ids_NP, position_ids_NP, hidden_only=True).flatten(0, 1)
-    head = owner.output_head()
-    head = head if num_classes is None else head.cut(num_classes)
+    head = owner.output_head().cut(num_classes)
     step = max(1, CHUNK_VALUES.get(inputs.device.type, CHUNK_VALUES["cpu"]) // head.num_classes)
     for start in range(0, len(hidden_RW), step):
         yield head.logits(hidden_RW[start : start + step])

@@ -50,12 +50,14 @@ class Head:
             logits_RC = torch.tanh(logits_RC / self.soft_cap) * self.soft_cap
         return logits_RC
 
-    def cut(self, num_classes: int) -> Self:
-        """The head of the first classes alone: what pads a vocabulary lies behind it.
+    def cut(self, num_classes: int | None) -> Self:
+        """The head of the first classes alone: what pads a vocabulary lies behind it. None cuts nothing off.
 
         Raises:
             ValueError: it has fewer.
         """
+        if num_classes is None:
+            return self
         if not 1 <= num_classes <= self.num_classes:
             raise ValueError(
                 f"head: expected 1 to {self.num_classes} classes, which it has, got {num_classes}; "

@@ -226,7 +226,7 @@ def _losses_of_sequences(
         else:
             hidden_NPW = sequence_output(learner.trained, batch.inputs, batch.position_ids_NP, hidden_only=True)
             soft_R, hard_R = chunked_losses(
-                owner.output_head().cut(learner.num_classes or owner.output_head().num_classes),
+                owner.output_head().cut(learner.num_classes),
                 hidden_NPW.flatten(0, 1),
                 batch.targets,
                 objective.loss,

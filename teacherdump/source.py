@@ -173,7 +173,7 @@ def prepare(source: Source, say: Say) -> "Job":
         config.compile,
         config.trust_pickle,
     )
-    head = _head_of(config, teacher)
+    head = teacher.head() if config.encoding == "hidden" else None
     num_outputs = _probe(source, teacher, say)
     num_classes = num_outputs
     if isinstance(source.corpus, TokenCorpus):
@@ -205,11 +205,6 @@ def prepare(source: Source, say: Say) -> "Job":
     manifest = source.manifest(num_classes, provenance, hidden, num_outputs - num_classes)
     num_readers = config.readers or min(MOST_READERS, os.cpu_count() or 1)
     return Job(source.corpus, source.preprocess, teacher, manifest, batch_size, num_readers, kept)
-
-
-def _head_of(config: DumpConfig, teacher: "Teacher") -> "Head | None":
-    """The teacher's head, where hidden states are kept."""
-    return teacher.head() if config.encoding == "hidden" else None
 
 
 def kept_head(head: "Head", num_classes: int) -> HeadArrays:
