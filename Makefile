@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
