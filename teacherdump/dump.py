@@ -9,17 +9,19 @@ while the next batch is in work. What lies between the stages is bounded, so mem
 """
 
 import contextlib
+import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from storage.arrays import STATUS_NOT_FINITE, STATUS_OK, STATUS_UNDECODABLE, Array
+from storage.arrays import STATUS_OK, STATUS_UNDECODABLE, Array
 from storage.console import Pass
 from storage.corpus import Batch, Corpus, Preprocess, read_batch
 from storage.corpus.sequences import check_ids
@@ -27,28 +29,19 @@ from storage.encodings import HeadArrays, Sample
 from storage.encodings.sample import uniforms
 from storage.errors import CorpusError, TeacherError
 from storage.manifest import Manifest
-from storage.records import QuarantineEntry, Seal
 from storage.sequences import next_tokens
 from storage.writer import StoreWriter
 from teacherdump.plan import batches
-from teacherdump.sparsify import (
-    HAS_NAN,
-    HAS_POSITIVE_INF,
-    NO_CLASS,
-    REFUSAL,
-    HostArrays,
-    Sparsify,
-    TeacherRows,
-    build_sparsify,
-    copy_to_host,
-    joined,
-)
+from teacherdump.report import ShardReport, Stopwatch, mean_entropy, sealed_bytes
+from teacherdump.shard import EncodedShard, ShardBuffer
+from teacherdump.sparsify import HostArrays, Sparsify, TeacherRows, build_sparsify, copy_to_host, joined
 from teacherdump.stages import ReadAhead, WriteBehind
 from teacherdump.teacher import Said, Teacher
 
 READ_AHEAD_BATCHES = 4
 READ_AHEAD_BYTES = 256 << 20
 ON_THE_WAY = {"cuda": 2}  # batches whose results are copied while the next is in work; none elsewhere
+NOTHING: Mapping[int, str] = MappingProxyType({})
 SHARDS_BEHIND = 1  # shards that wait for the one that is written
 
 
@@ -80,23 +73,9 @@ class Job:
         keeps_hidden = self.manifest.encoding.name == "hidden"
         if self.manifest.sequences is None:
             return self.teacher.speak(inputs, keeps_hidden)
-        is_one_document = bool((read.batch.inputs[:, 1, 1:-1] != 0).all())
+        run = np.delete(read.batch.inputs, read.left_out, axis=0)  # zeros that stand in for a sample are no document
+        is_one_document = bool((run[:, 1, 1:-1] != 0).all())
         return self.teacher.speak_tokens(inputs, self.manifest.num_classes, keeps_hidden, is_one_document)
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedShard:
-    """A shard that is ready to be written.
-
-    Attributes:
-        shard: its index.
-        arrays: every array of the manifest, with the shard's rows.
-        quarantine: the rows without targets, in order.
-    """
-
-    shard: int
-    arrays: dict[str, Array]
-    quarantine: list[QuarantineEntry]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +88,8 @@ class ReadBatch:
         inputs: float32 (N, ...), or int64 (N, 2, Q) of tokens, pinned where the teacher is on CUDA.
         hard_targets_R: int32, -1 where unknown; None where the store has none. Of sequences the next tokens.
         uniform_R: float64 random numbers, where the encoding draws; else None.
+        left_out: positions in the batch whose samples were not read, on purpose.
+        seconds: that reading it took.
     """
 
     shard: int
@@ -116,6 +97,8 @@ class ReadBatch:
     inputs: Tensor
     hard_targets_R: Tensor | None  # noqa: N815
     uniform_R: Tensor | None  # noqa: N815
+    left_out: tuple[int, ...] = ()
+    seconds: float = 0.0
 
 
 def dump(
@@ -124,7 +107,7 @@ def dump(
     shards: Iterable[int],
     bar: Pass,
     is_stopped: Callable[[], bool],
-    on_seal: Callable[[Seal], object],
+    on_report: Callable[[ShardReport], object],
 ) -> None:
     """Dump shards one after the other, and seal each.
 
@@ -134,13 +117,13 @@ def dump(
         shards: which, in order; taken as the readers come to them.
         bar: told of the rows as they come out of the teacher.
         is_stopped: asked between batches; once it says so, what is not a whole shard by then is dropped.
-        on_seal: called with each seal, in the writing thread.
+        on_report: called with what is known of each shard once it is sealed, in the writing thread.
 
     Raises:
         StoreError: what stopped it; every shard that was sealed stays, and the same dump goes on.
     """
     is_first = not writer.sealed_shards()
-    with WriteBehind[EncodedShard](lambda shard: on_seal(write_shard(writer, shard)), SHARDS_BEHIND) as behind:
+    with WriteBehind[EncodedShard](lambda shard: on_report(write_shard(writer, shard)), SHARDS_BEHIND) as behind:
         encoded = encode_shards(job, shards, bar, lambda: is_stopped() or behind.failed)
         with contextlib.closing(encoded):
             for shard in encoded:
@@ -150,43 +133,106 @@ def dump(
                 behind.put(shard)
 
 
-def dump_shard(job: Job, writer: StoreWriter, shard: int, bar: Pass) -> Seal:
-    """Dump and seal one shard, by itself."""
-    (encoded,) = encode_shards(job, [shard], bar, lambda: False)
+def dump_shard(
+    job: Job, writer: StoreWriter, shard: int, bar: Pass, without: Mapping[int, str] = NOTHING
+) -> ShardReport:
+    """Dump and seal one shard, by itself.
+
+    Args:
+        job: what is dumped.
+        writer: the store.
+        shard: index of the shard.
+        bar: told of the rows as they come out of the teacher.
+        without: reason by row of samples that are not even read: quarantined as if they could not be decoded, without
+            a digest. Batches keep their bounds and shapes, zeros in the place of these samples, so that every other
+            row is what it would be with them.
+    """
+    (encoded,) = encode_shards(job, [shard], bar, lambda: False, without)
     return write_shard(writer, encoded)
 
 
-def write_shard(writer: StoreWriter, shard: EncodedShard) -> Seal:
+def write_shard(writer: StoreWriter, shard: EncodedShard) -> ShardReport:
     """Write a shard durably, and seal it."""
-    return writer.write_shard(shard.shard, shard.arrays, shard.quarantine)
+    watch = Stopwatch()
+    seal = watch.time(writer.write_shard, shard.shard, shard.arrays, shard.quarantine)
+    return ShardReport(
+        seal=seal,
+        num_bytes=sealed_bytes(seal, writer.manifest.row_bytes),
+        seconds_read=shard.seconds_read,
+        seconds_teacher=shard.seconds_teacher,
+        seconds_write=watch.seconds,
+        mean_entropy=mean_entropy(shard.arrays),
+    )
 
 
 def encode_shards(
-    job: Job, shards: Iterable[int], bar: Pass, is_stopped: Callable[[], bool]
+    job: Job, shards: Iterable[int], bar: Pass, is_stopped: Callable[[], bool], without: Mapping[int, str] = NOTHING
 ) -> Generator[EncodedShard, None, None]:
     """What the store keeps of each shard, in order; a shard that is not whole when someone stops is dropped."""
     shard: ShardBuffer | None = None
-    with read_ahead(job, shards) as ahead:
-        for read, arrays in soft_targets(job, ahead.until(is_stopped)):
-            shard = shard or ShardBuffer(job, read.shard)
-            shard.put(read, arrays)
-            bar.advance(len(read.batch.rows_N))
+    with read_ahead(job, shards, without) as ahead:
+        for said in soft_targets(job, ahead.until(is_stopped)):
+            shard = shard or ShardBuffer(job, said.read.shard)
+            shard.put(said)
+            bar.advance(len(said.read.batch.rows_N))
             if shard.is_full:
                 yield shard.encoded()
                 shard = None
 
 
-def soft_targets(job: Job, reads: Iterable[ReadBatch]) -> Iterator[tuple[ReadBatch, dict[str, Array]]]:
+@dataclass(frozen=True, eq=False)
+class SoftTargets:
+    """A batch that came out of the teacher.
+
+    Attributes:
+        read: the batch.
+        arrays: what the encoding keeps of its logits, and `refusal`.
+        seconds: that the teacher took for it, and what is kept of its logits.
+    """
+
+    read: ReadBatch
+    arrays: dict[str, Array]
+    seconds: float
+
+
+def soft_targets(job: Job, reads: Iterable[ReadBatch]) -> Iterator[SoftTargets]:
     """Each batch with what the encoding keeps of the teacher's logits; on CUDA a few batches late."""
     sparsify = build_sparsify(job.manifest.encoding, job.manifest.temperatures)
-    device, on_the_way = job.teacher.device, deque[tuple[ReadBatch, HostArrays]]()
+    device, on_the_way = job.teacher.device, deque[tuple[ReadBatch, HostArrays, DeviceTime]]()
     for read in reads:
-        on_the_way.append((read, copy_to_host(sparsified(job, read, sparsify))))
+        took = DeviceTime(device)
+        on_the_way.append((read, copy_to_host(sparsified(job, read, sparsify)), took))
+        took.stop()
         if len(on_the_way) > ON_THE_WAY.get(device.type, 0):
-            arrived, host = on_the_way.popleft()
-            yield arrived, host.wait()
-    for arrived, host in on_the_way:
-        yield arrived, host.wait()
+            arrived, host, took = on_the_way.popleft()
+            yield SoftTargets(arrived, host.wait(), took.seconds())
+    for arrived, host, took in on_the_way:
+        yield SoftTargets(arrived, host.wait(), took.seconds())
+
+
+class DeviceTime:
+    """How long a device was at work between two moments: wall time, on CUDA by events that lie in its stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if device.type == "cuda":
+            self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self._events[0].record(torch.cuda.current_stream(device))
+            self._stream = torch.cuda.current_stream(device)
+        self._start = self._stop = time.perf_counter()
+
+    def stop(self) -> None:
+        """The second moment."""
+        self._stop = time.perf_counter()
+        if self._events is not None:
+            self._events[1].record(self._stream)
+
+    def seconds(self) -> float:
+        """The time between them; on CUDA once the device has come to the second."""
+        if self._events is None:
+            return self._stop - self._start
+        self._events[1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[1])) / 1000
 
 
 def sparsified(job: Job, read: ReadBatch, sparsify: Sparsify) -> dict[str, Tensor]:
@@ -210,21 +256,25 @@ def sparsified(job: Job, read: ReadBatch, sparsify: Sparsify) -> dict[str, Tenso
 
 
 @contextlib.contextmanager
-def read_ahead(job: Job, shards: Iterable[int]) -> Iterator[ReadAhead[ReadBatch]]:
+def read_ahead(job: Job, shards: Iterable[int], without: Mapping[int, str] = NOTHING) -> Iterator[ReadAhead[ReadBatch]]:
     """The batches of shards, read in threads, a few ahead: as many as fit `READ_AHEAD_BYTES`."""
     batch_bytes = job.preprocess.dtype.itemsize * int(np.prod(job.preprocess.shape)) * job.batch_size
     depth = min(READ_AHEAD_BATCHES, max(1, READ_AHEAD_BYTES // batch_bytes))
     with (
         ThreadPoolExecutor(job.num_readers, "reader") as pool,
-        ReadAhead(_read_shards(job, shards, pool), depth) as ahead,
+        ReadAhead(_read_shards(job, shards, pool, without), depth) as ahead,
     ):
         yield ahead
 
 
-def _read_shards(job: Job, shards: Iterable[int], pool: ThreadPoolExecutor) -> Iterator[ReadBatch]:
+def _read_shards(
+    job: Job, shards: Iterable[int], pool: ThreadPoolExecutor, without: Mapping[int, str]
+) -> Iterator[ReadBatch]:
     for shard in shards:
         for start, stop in batches(*job.manifest.layout.shard_bounds(shard), job.batch_size):
-            yield read_one(job, shard, start, stop, pool)
+            watch = Stopwatch()
+            read = watch.time(read_rows, job, shard, np.arange(start, stop), pool, without)
+            yield replace(read, seconds=watch.seconds)
 
 
 def read_one(job: Job, shard: int, start: int, stop: int, pool: ThreadPoolExecutor) -> ReadBatch:
@@ -236,10 +286,17 @@ def read_one(job: Job, shard: int, start: int, stop: int, pool: ThreadPoolExecut
     return read_rows(job, shard, np.arange(start, stop), pool)
 
 
-def read_rows(job: Job, shard: int, rows_N: NDArray[np.int64], pool: ThreadPoolExecutor) -> ReadBatch:
-    """Any rows, as `read_one` gives those of a shard."""
+def read_rows(
+    job: Job,
+    shard: int,
+    rows_N: NDArray[np.int64],
+    pool: ThreadPoolExecutor,
+    without: Mapping[int, str] = NOTHING,
+) -> ReadBatch:
+    """Any rows, as `read_one` gives those of a shard; of those in `without` nothing is read."""
     manifest = job.manifest
-    batch = read_batch(job.corpus, rows_N, job.preprocess, pool)
+    left_out = tuple(position for position, row in enumerate(rows_N.tolist()) if row in without)
+    batch = _read_but(job, rows_N, left_out, pool, without)
     hard_targets = None
     if manifest.sequences is not None:
         check_ids(batch.inputs[:, 0], rows_N, manifest.num_classes, f"corpus '{job.corpus.path}'")
@@ -253,62 +310,23 @@ def read_rows(job: Job, shard: int, rows_N: NDArray[np.int64], pool: ThreadPoolE
     inputs = torch.from_numpy(batch.inputs)
     if job.teacher.device.type == "cuda":
         inputs = inputs.pin_memory()
-    return ReadBatch(shard, batch, inputs, None if hard_targets is None else torch.from_numpy(hard_targets), uniform)
+    hard_targets_R = None if hard_targets is None else torch.from_numpy(hard_targets)
+    return ReadBatch(shard, batch, inputs, hard_targets_R, uniform, left_out)
 
 
-class ShardBuffer:
-    """The arrays of one shard while its batches come in."""
-
-    def __init__(self, job: Job, shard: int) -> None:
-        self._corpus, self._manifest, self._shard = job.corpus, job.manifest, shard
-        self._start, self._stop = job.manifest.layout.shard_bounds(shard)
-        self._num_rows = 0
-        rows = self._stop - self._start
-        self._arrays = {spec.name: np.empty((rows, *spec.row_shape), spec.dtype) for spec in job.manifest.arrays}
-        self._quarantine: list[QuarantineEntry] = []
-
-    @property
-    def is_full(self) -> bool:
-        """Whether every row is there."""
-        return self._num_rows == self._stop - self._start
-
-    def put(self, read: ReadBatch, arrays: dict[str, Array]) -> None:
-        """Take the next batch of rows, and quarantine those without targets."""
-        batch = read.batch
-        rows = slice(self._num_rows, self._num_rows + len(batch.rows_N))
-        refusal_N = np.bitwise_or.reduce(arrays[REFUSAL].reshape(len(batch.rows_N), -1), axis=1)
-        reasons = {
-            int(position): _what_is_wrong(int(refusal_N[position])) for position in np.flatnonzero(refusal_N)
-        } | batch.errors
-        refused = sorted(reasons)
-        for spec in self._manifest.arrays:
-            if spec.name in arrays:
-                part = self._arrays[spec.name][rows]
-                part[...] = arrays[spec.name].reshape(part.shape)
-                part[refused] = spec.fill_value
-        self._arrays["sample_digest"][rows] = batch.digests_N
-        if "token_ids" in self._arrays:
-            self._arrays["token_ids"][rows], self._arrays["position_ids"][rows] = batch.inputs.swapaxes(0, 1)
-        if self._manifest.has_hard_targets and read.hard_targets_R is not None:
-            self._arrays["hard_target"][rows] = read.hard_targets_R.numpy()
-        status_N = self._arrays["status"][rows]
-        status_N[...] = STATUS_OK
-        for position in refused:
-            status_N[position] = STATUS_UNDECODABLE if position in batch.errors else STATUS_NOT_FINITE
-            row = int(batch.rows_N[position])
-            self._quarantine.append(QuarantineEntry(row, self._corpus.key(row), reasons[position]))
-        self._num_rows = rows.stop
-
-    def encoded(self) -> EncodedShard:
-        """The shard, once it is full."""
-        return EncodedShard(self._shard, self._arrays, self._quarantine)
-
-
-def _what_is_wrong(refusal: int) -> str:
-    if refusal & (HAS_NAN | HAS_POSITIVE_INF | NO_CLASS):
-        what = "NaN" if refusal & HAS_NAN else "+inf" if refusal & HAS_POSITIVE_INF else "-inf for every class"
-        return f"logits are not finite: {what}"
-    return "the hidden state is not finite as it would be stored; with --values float32 it may be"
+def _read_but(
+    job: Job, rows_N: NDArray[np.int64], left_out: Sequence[int], pool: ThreadPoolExecutor, without: Mapping[int, str]
+) -> Batch:
+    """Rows of the corpus, zeros and a reason in the place of those that are left out."""
+    if not left_out:
+        return read_batch(job.corpus, rows_N, job.preprocess, pool)
+    kept = np.delete(np.arange(len(rows_N)), left_out)
+    read = read_batch(job.corpus, rows_N[kept], job.preprocess, pool)
+    inputs = np.zeros((len(rows_N), *job.preprocess.shape), job.preprocess.dtype)
+    digests_N = np.zeros(len(rows_N), np.uint64)
+    inputs[kept], digests_N[kept] = read.inputs, read.digests_N
+    errors = {position: without[int(rows_N[position])] for position in left_out}
+    return Batch(rows_N, inputs, digests_N, errors | {int(kept[at]): text for at, text in read.errors.items()})
 
 
 def _refuse_if_nothing_is_kept(shard: EncodedShard) -> None:

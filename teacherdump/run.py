@@ -6,7 +6,7 @@ torch is imported only once there is work for a teacher: a run over a finished s
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -17,10 +17,10 @@ from storage.exclusive import discard_unsealed, sole_run
 from storage.interruption import Interrupted, stop_requests
 from storage.manifest import Manifest
 from storage.reader import open_store
-from storage.records import Seal
 from storage.writer import StoreWriter
 from teacherdump.config import DumpConfig
 from teacherdump.plan import Limits, estimate
+from teacherdump.report import ShardReport
 from teacherdump.source import Say, Source, open_source, prepare
 
 if TYPE_CHECKING:
@@ -167,11 +167,10 @@ class _Tally:
     limit: str | None = None
     start: float = field(default_factory=time.perf_counter)
 
-    def add(self, seal: Seal, row_bytes: int) -> None:
-        """Count a seal; HDF5's does not say how large its shard is."""
-        num_rows = seal.stop - seal.start
-        self.num_bytes += sum(int(value["num_bytes"]) for value in seal.objects.values()) or num_rows * row_bytes
-        self.num_rows += num_rows
+    def add(self, report: ShardReport) -> None:
+        """Count a shard that is sealed."""
+        self.num_bytes += report.num_bytes
+        self.num_rows += report.num_rows
 
     def bytes_a_row(self, row_bytes: int) -> float:
         """Bytes that a row takes on the disk, as far as that is known."""
@@ -179,8 +178,6 @@ class _Tally:
 
 
 def _dump_owed(config: DumpConfig, job: "Job", writer: StoreWriter, say: Say, quiet: bool) -> DumpResult:
-    from teacherdump.dump import dump
-
     layout, row_bytes = writer.layout, job.manifest.row_bytes
     owed, tally = writer.owed_shards(), _Tally()
     limits = _limits(config)
@@ -202,20 +199,22 @@ def _dump_owed(config: DumpConfig, job: "Job", writer: StoreWriter, say: Say, qu
     with stop_requests() as request:
         try:
             with progress(planned, "rows", "dumping", quiet=quiet) as bar:
-                dump(
-                    job,
-                    writer,
-                    within_limits(),
-                    bar,
-                    lambda: request.signal != 0,
-                    lambda seal: tally.add(seal, row_bytes),
-                )
+                dump = _loop(config)
+                dump(job, writer, within_limits(), bar, lambda: request.signal != 0, tally.add)
         except KeyboardInterrupt as error:  # the second one: at once, but not without a word
             raise Interrupted(f"interrupted: {standing(writer)}", request.signal or signal.SIGINT) from error
     tally.seconds = time.perf_counter() - tally.start
     if request.signal and writer.owed_shards():
         raise Interrupted(f"interrupted: {standing(writer)}", request.signal)
     return _finish(writer, tally, quiet)
+
+
+def _loop(config: DumpConfig) -> Callable[..., None]:
+    """What dumps the shards: `dump`, or another of the same arguments that has others do it."""
+    from teacherdump.dump import dump
+
+    del config
+    return dump
 
 
 def _unsaid(_: str) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import sys
 import threading
 from collections.abc import Callable
@@ -141,9 +142,43 @@ def test_one_shard_by_itself_is_what_the_loop_writes(config: Build, tmp_path: Pa
         StoreWriter.open(tmp_path / "single.zarr", job.manifest) as writer,
         progress(32, "rows", "dumping", quiet=True) as bar,
     ):
-        seal = dump_shard(job, writer, 3, bar)
+        seal = dump_shard(job, writer, 3, bar).seal
         with open_store(tmp_path / "out.zarr") as store:
             assert store.seal(3).arrays == seal.arrays
+
+
+def test_a_report_says_what_a_shard_took_and_holds(config: Build, tmp_path: Path) -> None:
+    run(config())
+    job = prepare(open_source(config(out=str(tmp_path / "single.zarr"))), say_nothing)
+    with (
+        StoreWriter.open(tmp_path / "single.zarr", job.manifest) as writer,
+        progress(32, "rows", "dumping", quiet=True) as bar,
+    ):
+        report = pickle.loads(pickle.dumps(dump_shard(job, writer, 3, bar)))
+        entropies = writer.store.read(["entropy"], 96, 128)["entropy"].astype(np.float64)
+    assert min(report.seconds_read, report.seconds_teacher, report.seconds_write) > 0
+    assert report.num_bytes == sum(value["num_bytes"] for value in report.seal.objects.values())
+    assert (report.num_rows, report.num_refused, report.worker) == (32, 0, "local")
+    assert report.mean_entropy == pytest.approx(entropies.mean())
+
+
+def test_rows_that_are_left_out_change_no_other_row(config: Build, tmp_path: Path) -> None:
+    run(config())
+    job = prepare(open_source(config(out=str(tmp_path / "single.zarr"))), say_nothing)
+    with (
+        StoreWriter.open(tmp_path / "single.zarr", job.manifest) as writer,
+        progress(32, "rows", "dumping", quiet=True) as bar,
+        open_store(tmp_path / "out.zarr") as store,
+    ):
+        report = dump_shard(job, writer, 3, bar, without={97: "it kills", 127: "it kills, too", 5: "of another shard"})
+        (first, last), names = report.seal.quarantine, [spec.name for spec in store.manifest.arrays]
+        left, whole = writer.store.read(names, 96, 128), store.read(names, 96, 128)
+    assert (first.row, first.reason, last.row, last.reason) == (97, "it kills", 127, "it kills, too")
+    assert left["status"][[1, 31]].tolist() == [STATUS_UNDECODABLE] * 2
+    assert left["sample_digest"][[1, 31]].tolist() == [0, 0]
+    kept = np.delete(np.arange(32), [1, 31])
+    for name in names:
+        np.testing.assert_array_equal(left[name][kept], whole[name][kept], err_msg=name)
 
 
 # Refused rows

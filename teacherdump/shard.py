@@ -1,0 +1,93 @@
+"""A shard while its batches come in: what is kept of each row, and which rows hold no targets.
+
+Legend: N rows of a batch.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from storage.arrays import STATUS_NOT_FINITE, STATUS_OK, STATUS_UNDECODABLE, Array
+from storage.records import QuarantineEntry
+from teacherdump.sparsify import HAS_NAN, HAS_POSITIVE_INF, NO_CLASS, REFUSAL
+
+if TYPE_CHECKING:
+    from teacherdump.dump import Job, SoftTargets
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedShard:
+    """A shard that is ready to be written.
+
+    Attributes:
+        shard: its index.
+        arrays: every array of the manifest, with the shard's rows.
+        quarantine: the rows without targets, in order.
+        seconds_read: that reading its batches took.
+        seconds_teacher: that the teacher took for them.
+    """
+
+    shard: int
+    arrays: dict[str, Array]
+    quarantine: list[QuarantineEntry]
+    seconds_read: float
+    seconds_teacher: float
+
+
+class ShardBuffer:
+    """The arrays of one shard while its batches come in."""
+
+    def __init__(self, job: "Job", shard: int) -> None:
+        self._corpus, self._manifest, self._shard = job.corpus, job.manifest, shard
+        self._start, self._stop = job.manifest.layout.shard_bounds(shard)
+        self._num_rows = 0
+        rows = self._stop - self._start
+        self._arrays = {spec.name: np.empty((rows, *spec.row_shape), spec.dtype) for spec in job.manifest.arrays}
+        self._quarantine: list[QuarantineEntry] = []
+        self._seconds_read = self._seconds_teacher = 0.0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every row is there."""
+        return self._num_rows == self._stop - self._start
+
+    def put(self, said: "SoftTargets") -> None:
+        """Take the next batch of rows, and quarantine those without targets."""
+        read, arrays, batch = said.read, said.arrays, said.read.batch
+        rows = slice(self._num_rows, self._num_rows + len(batch.rows_N))
+        refusal_N = np.bitwise_or.reduce(arrays[REFUSAL].reshape(len(batch.rows_N), -1), axis=1)
+        reasons = {
+            int(position): _what_is_wrong(int(refusal_N[position])) for position in np.flatnonzero(refusal_N)
+        } | batch.errors
+        refused = sorted(reasons)
+        for spec in self._manifest.arrays:
+            if spec.name in arrays:
+                part = self._arrays[spec.name][rows]
+                part[...] = arrays[spec.name].reshape(part.shape)
+                part[refused] = spec.fill_value
+        self._arrays["sample_digest"][rows] = batch.digests_N
+        if "token_ids" in self._arrays:
+            self._arrays["token_ids"][rows], self._arrays["position_ids"][rows] = batch.inputs.swapaxes(0, 1)
+        if self._manifest.has_hard_targets and read.hard_targets_R is not None:
+            self._arrays["hard_target"][rows] = read.hard_targets_R.numpy()
+        status_N = self._arrays["status"][rows]
+        status_N[...] = STATUS_OK
+        for position in refused:
+            status_N[position] = STATUS_UNDECODABLE if position in batch.errors else STATUS_NOT_FINITE
+            row = int(batch.rows_N[position])
+            self._quarantine.append(QuarantineEntry(row, self._corpus.key(row), reasons[position]))
+        self._num_rows = rows.stop
+        self._seconds_read += read.seconds
+        self._seconds_teacher += said.seconds
+
+    def encoded(self) -> EncodedShard:
+        """The shard, once it is full."""
+        return EncodedShard(self._shard, self._arrays, self._quarantine, self._seconds_read, self._seconds_teacher)
+
+
+def _what_is_wrong(refusal: int) -> str:
+    if refusal & (HAS_NAN | HAS_POSITIVE_INF | NO_CLASS):
+        what = "NaN" if refusal & HAS_NAN else "+inf" if refusal & HAS_POSITIVE_INF else "-inf for every class"
+        return f"logits are not finite: {what}"
+    return "the hidden state is not finite as it would be stored; with --values float32 it may be"
