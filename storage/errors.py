@@ -73,6 +73,10 @@ class OutOfSpaceError(StoreError):
     """The disk is full: free space and run the same command again."""
 
 
+class RemoteError(StoreError):
+    """Object storage can't be reached, or refused: check the URL, the credentials and the network."""
+
+
 class TeacherError(StoreError):
     """The teacher is missing, pickled, or does not give logits: give another teacher."""
 

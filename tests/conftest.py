@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.s3 import s3, s3_server
+
+__all__ = ["s3", "s3_server"]
+
 DATA_VARIABLE = "LOGITSTORE_TEST_DATA"
 
 
