@@ -23,7 +23,9 @@ from torch import Tensor
 
 from storage.arrays import STATUS_OK, STATUS_UNDECODABLE, Array
 from storage.console import Pass
-from storage.corpus import Batch, Corpus, Preprocess, read_batch
+from storage.corpus import Batch, Preprocess, read_batch
+from storage.corpus.part import hard_targets_at
+from storage.corpus.protocol import Samples
 from storage.corpus.sequences import check_ids
 from storage.encodings import HeadArrays, Sample
 from storage.encodings.sample import uniforms
@@ -50,7 +52,7 @@ class Job:
     """All that a shard is dumped from.
 
     Attributes:
-        corpus: where the samples are.
+        corpus: where the samples are: a corpus, or a part of one with the rows that are dumped.
         preprocess: how a sample becomes an input.
         teacher: what gives the logits, on its device.
         manifest: of the store.
@@ -59,7 +61,7 @@ class Job:
         head: what a store of hidden states keeps once; else None.
     """
 
-    corpus: Corpus
+    corpus: Samples
     preprocess: Preprocess
     teacher: Teacher
     manifest: Manifest
@@ -301,8 +303,8 @@ def read_rows(
     if manifest.sequences is not None:
         check_ids(batch.inputs[:, 0], rows_N, manifest.num_classes, f"corpus '{job.corpus.path}'")
         hard_targets = next_tokens(batch.inputs[:, 0], batch.inputs[:, 1]).reshape(-1)
-    elif manifest.has_hard_targets and job.corpus.hard_targets is not None:
-        hard_targets = job.corpus.hard_targets[rows_N]
+    elif manifest.has_hard_targets:
+        hard_targets = hard_targets_at(job.corpus, rows_N)
     uniform = None
     if isinstance(manifest.encoding, Sample):
         num_positions = 1 if manifest.sequences is None else manifest.sequences.num_positions

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from storage.corpus.idx import take_rows
 from storage.corpus.labels import NO_LABELS, check_labels, one_line, read_labels
+from storage.corpus.part import CorpusPart, part_of
 from storage.corpus.protocol import Array, SampleError, SampleKind, check_row
 from storage.corpus.tables import READ_ERRORS, Table, open_table, pickled
 from storage.errors import CorpusError
@@ -82,6 +83,10 @@ class ArrayCorpus:
                 f"expected a row that can be read, got a damaged one ({one_line(error)}); take another copy"
             ) from error
         return np.ascontiguousarray(rows, self.row_dtype)
+
+    def part(self, start: int, stop: int) -> CorpusPart:
+        """Rows [start, stop) under their own numbers; the whole is opened once a process that reads of it."""
+        return part_of(self, start, stop)
 
     def __reduce__(self) -> tuple[Callable[..., "ArrayCorpus"], tuple[Any, ...]]:
         return open_arrays, (self.path, self.labels, self.array)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.corpus.labels import NO_LABELS, check_idx_size, is_gzip, read_idx, read_idx_header, read_labels
+from storage.corpus.part import CorpusPart, part_of
 from storage.corpus.protocol import SampleError, SampleKind, check_row
 from storage.errors import CorpusError
 
@@ -63,6 +64,10 @@ class IdxCorpus:
     def read_rows(self, rows_N: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Images (N, H, W, C)."""
         return take_rows(self.images_NHWC, rows_N)
+
+    def part(self, start: int, stop: int) -> CorpusPart:
+        """Rows [start, stop) under their own numbers; the whole is opened once a process that reads of it."""
+        return part_of(self, start, stop)
 
     def __reduce__(self) -> tuple[Callable[..., "IdxCorpus"], tuple[Any, ...]]:
         return open_idx, (self.path, self.labels)

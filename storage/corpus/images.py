@@ -9,7 +9,7 @@ import warnings
 from array import array as compact_array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401 - importing registers them
 
 from storage.corpus.labels import NO_LABELS, one_line, read_labels
-from storage.corpus.protocol import SampleError, SampleKind, check_row
+from storage.corpus.part import CorpusPart, part_of
+from storage.corpus.protocol import SampleError, SampleKind, check_range, check_row
 from storage.errors import CorpusError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -93,6 +94,16 @@ class ImageCorpus:
     def decode(self, raw: bytes) -> NDArray[np.uint8]:
         """The image of a file's bytes; see `decode_image`."""
         return decode_image(raw)
+
+    def part(self, start: int, stop: int) -> CorpusPart:
+        """Rows [start, stop) under their own numbers, with the names of these files only."""
+        check_range(start, stop, self.num_samples)
+        first = int(self.ends[start - 1]) if start else 0
+        names = self.names[first : int(self.ends[stop - 1])]
+        ends = self.ends[start:stop] - first
+        return part_of(
+            self, start, stop, replace(self, names=names, ends=ends, class_names=None, hard_targets=None), start
+        )
 
 
 def decode_image(raw: bytes) -> NDArray[np.uint8]:

@@ -1,12 +1,15 @@
 """What a corpus is: an ordered set of samples, each with a row, a key and the bytes that it is known by."""
 
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import CorpusError
+
+if TYPE_CHECKING:
+    from storage.corpus.part import CorpusPart
 
 Array = NDArray[Any]
 SampleKind = Literal["image", "array", "tokens"]
@@ -17,38 +20,29 @@ class SampleError(CorpusError):
     """One sample can't be read, decoded or preprocessed: its row is quarantined, the others go on."""
 
 
-class Corpus(Protocol):
-    """An ordered, indexed set of samples. It can be pickled, so that a spawned process can read it.
+class Samples(Protocol):
+    """Samples that can be read by their rows: a corpus, or a part of one. It can be pickled, for another process.
 
     Attributes:
-        kind: `images`, `idx`, `arrays`, `tokens` or `text`.
-        path: where it is, absolute.
-        num_samples: samples in it, at least 1; row r is its r-th sample.
-        class_names: names in class order, or None where the corpus has none.
-        hard_targets: int32 (num_samples,), the true class of each sample, -1 where unknown; or None.
+        kind: one of `CORPUS_KINDS`, or `stored`.
+        path: where the corpus is: absolute, or a URL, as text.
+        num_samples: samples in the whole corpus, at least 1; row r is its r-th sample.
         fingerprint: sha256 of what the index says (kind, keys, sizes, shapes, types), as hex. Hard targets are no part
             of it.
         sample_kind: `image` (decodes to uint8 HxWxC, C 1 or 3), `array` (decodes to one row of the array) or `tokens`
             (decodes to uint32 (2, P + 1): token ids and each one's place in its document; see `TokenCorpus`).
-        num_ignored: files in the folder that are not samples.
     """
 
     @property
     def kind(self) -> str: ...
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path | str: ...
     @property
     def num_samples(self) -> int: ...
-    @property
-    def class_names(self) -> tuple[str, ...] | None: ...
-    @property
-    def hard_targets(self) -> NDArray[np.int32] | None: ...
     @property
     def fingerprint(self) -> str: ...
     @property
     def sample_kind(self) -> SampleKind: ...
-    @property
-    def num_ignored(self) -> int: ...
 
     def key(self, row: int) -> str:
         """The stable name of a sample."""
@@ -68,6 +62,44 @@ class Corpus(Protocol):
 
         Raises:
             SampleError: the bytes are no such sample.
+        """
+        ...
+
+
+class Corpus(Samples, Protocol):
+    """An ordered, indexed set of samples.
+
+    Attributes:
+        class_names: names in class order, or None where the corpus has none.
+        hard_targets: int32 (num_samples,), the true class of each sample, -1 where unknown; or None.
+        num_ignored: files or members that are not samples.
+    """
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None: ...
+    @property
+    def hard_targets(self) -> NDArray[np.int32] | None: ...
+    @property
+    def num_ignored(self) -> int: ...
+
+    def part(self, start: int, stop: int) -> "CorpusPart":
+        """Rows [start, stop) under their numbers in the whole corpus: small to pickle, nothing is opened until used.
+
+        Raises:
+            ValueError: rows that the corpus does not have.
+        """
+        ...
+
+
+@runtime_checkable
+class ReadsMany(Protocol):
+    """Samples of which many are read in few requests."""
+
+    def read_raws(self, rows_N: NDArray[np.int64]) -> "list[bytes | SampleError]":
+        """What `read_raw` gives of each row, or the error that it raises.
+
+        Raises:
+            CorpusError: none can be read any more.
         """
         ...
 
@@ -98,6 +130,33 @@ def check_row(row: int, num_samples: int) -> None:
     """
     if not 0 <= row < num_samples:
         raise ValueError(f"row: expected 0 to {num_samples - 1}, got {row}")
+
+
+def check_range(start: int, stop: int, num_samples: int) -> None:
+    """Refuse a range of rows that is empty, or not in the corpus.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not 0 <= start < stop <= num_samples:
+        raise ValueError(f"rows: expected a range inside [0, {num_samples}), got [{start}, {stop})")
+
+
+def read_raws(samples: Samples, rows_N: NDArray[np.int64]) -> "list[bytes | SampleError]":
+    """What `read_raw` gives of each row, or the error that it raises; in few requests where the samples allow it.
+
+    Raises:
+        CorpusError: none can be read any more.
+    """
+    if isinstance(samples, ReadsMany):
+        return samples.read_raws(rows_N)
+    raws: list[bytes | SampleError] = []
+    for row in rows_N.tolist():
+        try:
+            raws.append(samples.read_raw(row))
+        except SampleError as error:
+            raws.append(error)
+    return raws
 
 
 def spread_rows(num_samples: int, most: int) -> list[int]:

@@ -12,10 +12,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from storage.corpus.preprocess import Preprocess
-from storage.corpus.protocol import Array, Corpus, ReadsRows, SampleError
+from storage.corpus.protocol import Array, ReadsMany, ReadsRows, SampleError, Samples, read_raws
 
 # Rows that one task of the pool reads: enough to hide what a task costs, few enough to share a batch evenly.
 _TASK_ROWS = 16
+
+# Rows that are asked for at once where that takes few requests.
+_REQUEST_ROWS = 64
 
 # Bytes that are read at once where only digests are wanted.
 _BLOCK_BYTES = 16 << 20
@@ -50,12 +53,12 @@ def sample_digest(raw: bytes) -> int:
 
 
 def read_batch(
-    corpus: Corpus, rows: Sequence[int] | NDArray[np.int64], preprocess: Preprocess, pool: Executor | None = None
+    corpus: Samples, rows: Sequence[int] | NDArray[np.int64], preprocess: Preprocess, pool: Executor | None = None
 ) -> Batch:
     """Rows of a corpus, decoded and preprocessed.
 
     Args:
-        corpus: where they are.
+        corpus: where they are: a corpus, or a part of one.
         rows: any rows of it, in any order.
         preprocess: how a sample becomes an input.
         pool: threads that share the work where it is done a sample at a time; None does it in this thread.
@@ -84,16 +87,25 @@ def batch_of(rows_N: NDArray[np.int64], samples: Array, preprocess: Preprocess) 
     return Batch(rows_N, preprocess.apply_rows(samples), _row_digests(samples))
 
 
-def _read_singly(corpus: Corpus, rows_N: NDArray[np.int64], preprocess: Preprocess, pool: Executor | None) -> Batch:
-    """What `read_batch` gives, a sample at a time."""
+def _read_singly(corpus: Samples, rows_N: NDArray[np.int64], preprocess: Preprocess, pool: Executor | None) -> Batch:
+    """What `read_batch` gives, a sample at a time; where many are read in few requests, these come before the rest."""
     inputs = np.zeros((len(rows_N), *preprocess.shape), preprocess.dtype)
     batch = Batch(rows_N, inputs, np.zeros(len(rows_N), np.uint64))
+    fetched = _fetch(corpus, rows_N, pool) if isinstance(corpus, ReadsMany) else None
+
+    def raw_at(position: int) -> bytes:
+        if fetched is None:
+            return corpus.read_raw(int(rows_N[position]))
+        raw = fetched[position]
+        if isinstance(raw, SampleError):
+            raise raw
+        return raw
 
     def read_some(start: int) -> dict[int, str]:
         errors = {}
         for position in range(start, min(start + _TASK_ROWS, len(rows_N))):
             try:
-                raw = corpus.read_raw(int(rows_N[position]))
+                raw = raw_at(position)
                 batch.digests_N[position] = sample_digest(raw)
                 batch.inputs[position] = preprocess.apply(corpus.decode(raw))
             except SampleError as error:
@@ -104,6 +116,16 @@ def _read_singly(corpus: Corpus, rows_N: NDArray[np.int64], preprocess: Preproce
     for errors in map(read_some, starts) if pool is None else pool.map(read_some, starts):
         batch.errors.update(errors)
     return batch
+
+
+def _fetch(corpus: Samples, rows_N: NDArray[np.int64], pool: Executor | None) -> list[bytes | SampleError]:
+    """The bytes of rows, or why there are none."""
+    parts = [rows_N[start : start + _REQUEST_ROWS] for start in range(0, len(rows_N), _REQUEST_ROWS)]
+
+    def fetch(part_N: NDArray[np.int64]) -> list[bytes | SampleError]:
+        return read_raws(corpus, part_N)
+
+    return [raw for raws in (map(fetch, parts) if pool is None else pool.map(fetch, parts)) for raw in raws]
 
 
 def _row_digests(samples: Array) -> NDArray[np.uint64]:
@@ -119,7 +141,7 @@ def _row_digests(samples: Array) -> NDArray[np.uint64]:
     return digests
 
 
-def sample_digests(corpus: Corpus, start: int, stop: int, pool: Executor | None = None) -> NDArray[np.uint64]:
+def sample_digests(corpus: Samples, start: int, stop: int, pool: Executor | None = None) -> NDArray[np.uint64]:
     """Digests of rows [start, stop), uint64 (N,); 0 where a sample can't be read.
 
     Raises:
@@ -129,7 +151,9 @@ def sample_digests(corpus: Corpus, start: int, stop: int, pool: Executor | None 
     if not 0 <= start <= stop <= corpus.num_samples:
         raise ValueError(f"rows: expected a range inside [0, {corpus.num_samples}), got [{start}, {stop})")
     digests_N = np.zeros(stop - start, np.uint64)
-    block = max(1, _BLOCK_BYTES // corpus.row_bytes) if isinstance(corpus, ReadsRows) else _TASK_ROWS
+    block = _REQUEST_ROWS if isinstance(corpus, ReadsMany) else _TASK_ROWS
+    if isinstance(corpus, ReadsRows):
+        block = max(1, _BLOCK_BYTES // corpus.row_bytes)
 
     def read_some(first: int) -> None:
         rows_N = np.arange(first, min(first + block, stop))
@@ -139,11 +163,9 @@ def sample_digests(corpus: Corpus, start: int, stop: int, pool: Executor | None 
                 return
             except SampleError:
                 pass
-        for row in rows_N.tolist():
-            try:
-                digests_N[row - start] = sample_digest(corpus.read_raw(row))
-            except SampleError:
-                continue
+        for row, raw in zip(rows_N.tolist(), read_raws(corpus, rows_N), strict=True):
+            if not isinstance(raw, SampleError):
+                digests_N[row - start] = sample_digest(raw)
 
     starts = range(start, stop, block)
     for _ in map(read_some, starts) if pool is None else pool.map(read_some, starts):

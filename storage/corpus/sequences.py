@@ -18,6 +18,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from storage.corpus.idx import take_rows
+from storage.corpus.part import CorpusPart, part_of
 from storage.corpus.protocol import Array, SampleError, SampleKind, TokenType, check_row
 from storage.corpus.tokenizer import Tokenizer, load_tokenizer
 from storage.errors import CorpusError
@@ -175,6 +176,10 @@ class TokenCorpus:
         samples[:, 0] = ids_NP
         samples[:, 1] = position_ids(self.starts_D, rows_N, self.sequence_length, self.num_tokens)
         return samples
+
+    def part(self, start: int, stop: int) -> CorpusPart:
+        """Rows [start, stop) under their own numbers; the whole is opened once a process that reads of it."""
+        return part_of(self, start, stop)
 
     def __reduce__(self) -> tuple[Callable[..., "TokenCorpus"], tuple[Any, ...]]:
         return self.opener, (self.path, self.options)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.arrays import Array, Arrays
+from storage.corpus.part import CorpusPart, part_of
 from storage.corpus.protocol import SampleKind, check_row
 from storage.corpus.sequences import decode_sample, sample_bytes
 from storage.errors import CorpusError
@@ -104,6 +105,10 @@ class StoredTokens:
                 arrays = self.store.read(["token_ids", "position_ids"], first, last + 1)
                 samples[places] = stored_samples(arrays)
         return samples
+
+    def part(self, start: int, stop: int) -> CorpusPart:
+        """Rows [start, stop) under their own numbers, read from the store that is opened again where they are used."""
+        return part_of(self, start, stop, self)
 
 
 def stored_samples(arrays: Arrays) -> NDArray[np.uint32]:
