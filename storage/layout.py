@@ -6,6 +6,34 @@ and in it the last chunk, may be shorter.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+
+class RowLayout(Protocol):
+    """How numbered rows are cut into numbered shards: what a reader asks, of one store or of a series of them."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all."""
+
+    @property
+    def num_shards(self) -> int:
+        """Shards in all."""
+
+    def shard_bounds(self, shard: int) -> tuple[int, int]:
+        """First row of a shard, and the row after its last."""
+
+    def shard_of(self, row: int) -> int:
+        """The shard that holds a row."""
+
+    def num_chunks(self, shard: int) -> int:
+        """Chunks in a shard that hold rows."""
+
+    def chunk_bounds(self, shard: int, chunk: int) -> tuple[int, int]:
+        """First row of a chunk of a shard, and the row after its last."""
+
+    def split(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Cut rows [start, stop) at shard borders: (shard, first row, row after the last), in order."""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Seal:
     def to_bytes(self) -> bytes:
         """One line of JSON, its own sha256 last."""
         value = vars(self) | {"quarantine": [vars(entry) for entry in self.quarantine]}
-        return _signed(value)
+        return signed(value)
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Seal":
@@ -65,7 +65,7 @@ class Seal:
         Raises:
             DamageError: a bit of it was changed.
         """
-        value = _checked(data, where)
+        value = checked_record(data, where)
         try:
             value["quarantine"] = tuple(QuarantineEntry(**entry) for entry in value["quarantine"])
             return cls(**value)
@@ -101,7 +101,7 @@ class Final:
 
     def to_bytes(self) -> bytes:
         """One line of JSON, its own sha256 last; the sealed shards as half-open ranges."""
-        return _signed(vars(self) | {"sealed": to_ranges(self.sealed)})
+        return signed(vars(self) | {"sealed": to_ranges(self.sealed)})
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Final":
@@ -110,7 +110,7 @@ class Final:
         Raises:
             DamageError: a bit of it was changed.
         """
-        value = _checked(data, where)
+        value = checked_record(data, where)
         try:
             value["sealed"] = tuple(from_ranges(value["sealed"]))
             return cls(**value)
@@ -171,17 +171,22 @@ def content_digest(manifest: Manifest, seals: Sequence[Seal]) -> str:
     return state.hexdigest()
 
 
-def _signed(value: Mapping[str, Any]) -> bytes:
+def signed(value: Mapping[str, Any]) -> bytes:
+    """A record's bytes: one line of canonical JSON, with the sha256 of the rest in it."""
     return canonical({**value, "record_sha256": sha256(canonical(dict(value)))}) + b"\n"
 
 
-def _checked(data: bytes, where: str) -> dict[str, Any]:
-    """The object of a signed record, whose bytes must be just those that it would be written with."""
+def checked_record(data: bytes, where: str) -> dict[str, Any]:
+    """The object of a signed record, whose bytes must be just those that it would be written with.
+
+    Raises:
+        DamageError: a bit of it was changed.
+    """
     value = _parse(data, where)
     if isinstance(value, dict):
         digest = value.pop("record_sha256", None)
         try:
-            if digest is not None and _signed(value) == data:
+            if digest is not None and signed(value) == data:
                 return value
         except (ValueError, UnicodeEncodeError):
             pass

@@ -19,7 +19,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.layout import Layout, from_ranges
+from storage.layout import RowLayout, from_ranges
 from storage.manifest import Manifest
 
 BLOCK_BYTES = 512 << 10
@@ -65,7 +65,7 @@ class EpochOrder:
         window_blocks: blocks of a window, at least 1.
     """
 
-    layout: Layout
+    layout: RowLayout
     sealed: tuple[tuple[int, int], ...]
     seed: int
     epoch: int
@@ -190,7 +190,7 @@ def permutation(size: int, seed: int, epoch: int, stream: int) -> Indices:
     return np.argsort(digits, kind="stable")
 
 
-def check_sealed(sealed: Sequence[Sequence[int]], layout: Layout) -> tuple[tuple[int, int], ...]:
+def check_sealed(sealed: Sequence[Sequence[int]], layout: RowLayout) -> tuple[tuple[int, int], ...]:
     """Ranges of shards as they stand in a state, checked.
 
     Raises:
