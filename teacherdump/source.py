@@ -152,6 +152,65 @@ def open_source(config: DumpConfig) -> Source:
     return Source(config, corpus, preprocess, identity, existing)
 
 
+@dataclass(frozen=True)
+class TeacherQuestion:
+    """What a teacher is tried with: all that must be known of the corpus for it. Small, and can be pickled.
+
+    Attributes:
+        where: how an error names the corpus.
+        inputs: of the first samples, as the teacher takes them.
+        is_tokens: whether the samples are sequences of tokens.
+        vocab_size: entries of their vocabulary, or None where nobody says it.
+        has_several_documents: whether a sequence may hold more than one.
+        wants_head: whether the head is kept beside hidden states.
+    """
+
+    where: str
+    inputs: np.ndarray[Any, Any]
+    is_tokens: bool
+    vocab_size: int | None
+    has_several_documents: bool
+    wants_head: bool
+
+
+@dataclass(frozen=True)
+class TeacherAnswer:
+    """What a teacher was found to be. Small but for the head, and can be pickled.
+
+    Attributes:
+        num_outputs: logits that it gives.
+        num_classes: of these, the ones that are kept.
+        max_batch: rows that it takes in one pass, or None for any number.
+        device: what it runs on, as the provenance names it.
+        head: its head, where it was wanted.
+        hidden: what the head makes of the encoding `hidden`.
+        notes: what a person should know, a line each.
+    """
+
+    num_outputs: int
+    num_classes: int
+    max_batch: int | None
+    device: str
+    head: HeadArrays | None
+    hidden: Hidden | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a run is settled on once the teacher was tried.
+
+    Attributes:
+        manifest: of the store.
+        batch_size: rows of one forward pass.
+        head: what a store of hidden states keeps once; else None.
+    """
+
+    manifest: Manifest
+    batch_size: int
+    head: HeadArrays | None
+
+
 def prepare(source: Source, say: Say) -> "Job":
     """The teacher loaded and tried on the first samples, and all that a shard is dumped from.
 
@@ -163,7 +222,7 @@ def prepare(source: Source, say: Say) -> "Job":
     from teacherdump.dump import Job
     from teacherdump.teacher import load_teacher
 
-    config, there = source.config, source.existing
+    config, preprocess = source.config, source.preprocess
     teacher = load_teacher(
         config.models,
         config.arch,
@@ -173,38 +232,109 @@ def prepare(source: Source, say: Say) -> "Job":
         config.compile,
         config.trust_pickle,
     )
-    head = teacher.head() if config.encoding == "hidden" else None
-    num_outputs = _probe(source, teacher, say)
-    num_classes = num_outputs
-    if isinstance(source.corpus, TokenCorpus):
-        num_classes = _vocabulary(source.corpus, num_outputs)
+    rows = np.arange(num_probe_rows(source, teacher.max_batch))
+    inputs = read_batch(source.corpus, rows, preprocess).inputs
+    answer = try_teacher(teacher, teacher_question(source, inputs))
+    settled = settle(
+        source, answer, lambda most: choose_batch_size(teacher, preprocess.shape, most, source.is_tokens), say
+    )
+    num_readers = config.readers or min(MOST_READERS, os.cpu_count() or 1)
+    return Job(source.corpus, preprocess, teacher, settled.manifest, settled.batch_size, num_readers, settled.head)
+
+
+def num_probe_rows(source: Source, max_batch: int | None) -> int:
+    """First samples that a teacher is tried on."""
+    return min(NUM_PROBE_ROWS, source.corpus.num_samples, max_batch or NUM_PROBE_ROWS)
+
+
+def teacher_question(source: Source, inputs: np.ndarray[Any, Any]) -> TeacherQuestion:
+    """What the teacher of a run is tried with; `inputs` are of the first samples."""
+    corpus, is_tokens = source.corpus, isinstance(source.corpus, TokenCorpus)
+    return TeacherQuestion(
+        where=f"corpus '{corpus.path}'",
+        inputs=inputs,
+        is_tokens=is_tokens,
+        vocab_size=corpus.vocab_size if isinstance(corpus, TokenCorpus) else None,
+        has_several_documents=isinstance(corpus, TokenCorpus) and corpus.has_several_documents,
+        wants_head=source.config.encoding == "hidden",
+    )
+
+
+def settle(source: Source, answer: TeacherAnswer, choose: Callable[[int], int], say: Say) -> Settled:
+    """The manifest and the batch size of a run whose teacher was tried.
+
+    Args:
+        source: what is dumped.
+        answer: of the teacher.
+        choose: the batch size for shards of so many rows, asked only where nobody says it.
+        say: told of what a person should know.
+
+    Raises:
+        StoreError: the teacher does not fit the corpus or the store that is there.
+        ValueError: an option contradicts what the teacher is.
+    """
+    config, there, num_classes = source.config, source.existing, answer.num_classes
+    for note in answer.notes:
+        say(f"note: {note}")
     if there is not None and num_classes != there.num_classes:
         raise MismatchError(
             f"{config.out}: expected {there.num_classes} classes, as the store has them, got {num_classes} from the "
             "teacher; the code behind --arch has changed: give --out another path"
         )
     _check_classes(source.corpus, num_classes)
-    kept = None if head is None else kept_head(head, num_classes)
-    hidden = None if head is None or kept is None else _hidden_encoding(head, kept)
-    draft = source.manifest(num_classes, {}, hidden, num_outputs - num_classes)
-    if config.batch_size is not None and config.batch_size > (teacher.max_batch or config.batch_size):
+    num_padded = answer.num_outputs - num_classes
+    draft = source.manifest(num_classes, {}, answer.hidden, num_padded)
+    max_batch = answer.max_batch
+    if config.batch_size is not None and config.batch_size > (max_batch or config.batch_size):
         raise ValueError(
-            f"batch_size: expected at most {teacher.max_batch}, for which the program was exported, got "
+            f"batch_size: expected at most {max_batch}, for which the program was exported, got "
             f"{config.batch_size}; leave --batch-size out, or export it with a dynamic first dimension"
         )
     batch_size = config.batch_size or (None if there is None else _begun_with(there, "batch_size"))
     if batch_size is None:
-        most_rows = min(draft.shard_rows, draft.num_rows)
-        batch_size = choose_batch_size(teacher, source.preprocess.shape, most_rows, source.is_tokens)
-    if teacher.max_batch is not None and teacher.max_batch < 8:
+        batch_size = choose(min(draft.shard_rows, draft.num_rows))
+    if max_batch is not None and max_batch < SLOW_BATCH:
         say(
-            f"note: the program was exported for batches of {teacher.max_batch}, which is slow; "
+            f"note: the program was exported for batches of {max_batch}, which is slow; "
             "export it with a dynamic first dimension"
         )
-    provenance = _provenance(source, teacher, batch_size)
-    manifest = source.manifest(num_classes, provenance, hidden, num_outputs - num_classes)
-    num_readers = config.readers or min(MOST_READERS, os.cpu_count() or 1)
-    return Job(source.corpus, source.preprocess, teacher, manifest, batch_size, num_readers, kept)
+    provenance = _provenance(source, answer.device, batch_size)
+    return Settled(source.manifest(num_classes, provenance, answer.hidden, num_padded), batch_size, answer.head)
+
+
+def try_teacher(teacher: "Teacher", question: TeacherQuestion) -> TeacherAnswer:
+    """A teacher tried on the first samples.
+
+    Raises:
+        StoreError: it can't be used, or does not fit the corpus.
+    """
+    import torch
+
+    from studenttrain.heads import find_head
+    from teacherdump.teacher import probe_teacher, probe_tokens
+
+    head = teacher.head() if question.wants_head else None
+    inputs_N = torch.from_numpy(question.inputs).to(teacher.device)
+    if question.is_tokens:
+        for member in teacher.members:
+            owner = find_head(member.module)
+            if owner is not None:  # before an id that it does not know is looked up in it
+                _vocabulary(question, owner.output_head().num_classes)
+        probe = probe_tokens(teacher, inputs_N, question.has_several_documents)
+    else:
+        probe = probe_teacher(teacher, inputs_N)
+    num_classes = _vocabulary(question, probe.num_classes)
+    kept = None if head is None else kept_head(head, num_classes)
+    device = teacher.device
+    return TeacherAnswer(
+        num_outputs=probe.num_classes,
+        num_classes=num_classes,
+        max_batch=teacher.max_batch,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        head=kept,
+        hidden=None if head is None or kept is None else _hidden_encoding(head, kept),
+        notes=tuple(probe.notes),
+    )
 
 
 def kept_head(head: "Head", num_classes: int) -> HeadArrays:
@@ -230,39 +360,17 @@ def _hidden_encoding(head: "Head", kept: HeadArrays) -> Hidden:
     )
 
 
-def _vocabulary(corpus: TokenCorpus, num_outputs: int) -> int:
+def _vocabulary(question: TeacherQuestion, num_outputs: int) -> int:
     """Entries of the vocabulary: as the tokenizer or an option says, else all that the teacher gives."""
-    known = corpus.vocab_size
+    known = question.vocab_size
     if known is None:
         return num_outputs
     if known > num_outputs:
         raise TeacherError(
-            f"corpus '{corpus.path}': expected a teacher of its vocabulary, {known} tokens, got one of {num_outputs}; "
+            f"{question.where}: expected a teacher of its vocabulary, {known} tokens, got one of {num_outputs}; "
             "give the teacher's own tokenizer"
         )
     return known
-
-
-def _probe(source: Source, teacher: "Teacher", say: Say) -> int:
-    """Classes of the teacher, tried on the first samples."""
-    import torch
-
-    from studenttrain.heads import find_head
-    from teacherdump.teacher import probe_teacher, probe_tokens
-
-    rows = np.arange(min(NUM_PROBE_ROWS, source.corpus.num_samples, teacher.max_batch or NUM_PROBE_ROWS))
-    inputs_N = torch.from_numpy(read_batch(source.corpus, rows, source.preprocess).inputs)
-    if isinstance(source.corpus, TokenCorpus):
-        for member in teacher.members:
-            owner = find_head(member.module)
-            if owner is not None:  # before an id that it does not know is looked up in it
-                _vocabulary(source.corpus, owner.output_head().num_classes)
-        probe = probe_tokens(teacher, inputs_N.to(teacher.device), source.corpus.has_several_documents)
-    else:
-        probe = probe_teacher(teacher, inputs_N.to(teacher.device))
-    for note in probe.notes:
-        say(f"note: {note}")
-    return probe.num_classes
 
 
 def _check_classes(corpus: Corpus, num_classes: int) -> None:
@@ -283,16 +391,13 @@ def _check_classes(corpus: Corpus, num_classes: int) -> None:
         )
 
 
-def _provenance(source: Source, teacher: "Teacher", batch_size: int) -> dict[str, Any]:
+def _provenance(source: Source, device: str, batch_size: int) -> dict[str, Any]:
     """When, on what and with which software: no paths and no names of machines."""
-    import torch
-
-    device = teacher.device
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "models": [Path(path).name for path in source.config.models],
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS_OF},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "device": device,
         "batch_size": batch_size,
         "compile": source.config.compile,
     }
