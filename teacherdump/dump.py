@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -44,6 +45,7 @@ READ_AHEAD_BATCHES = 4
 READ_AHEAD_BYTES = 256 << 20
 ON_THE_WAY = {"cuda": 2}  # batches whose results are copied while the next is in work; none elsewhere
 NOTHING: Mapping[int, str] = MappingProxyType({})
+NO_TURN: AbstractContextManager[object] = contextlib.nullcontext()
 SHARDS_BEHIND = 1  # shards that wait for the one that is written
 
 
@@ -136,7 +138,12 @@ def dump(
 
 
 def dump_shard(
-    job: Job, writer: StoreWriter, shard: int, bar: Pass, without: Mapping[int, str] = NOTHING
+    job: Job,
+    writer: StoreWriter,
+    shard: int,
+    bar: Pass,
+    without: Mapping[int, str] = NOTHING,
+    turn: AbstractContextManager[object] = NO_TURN,
 ) -> ShardReport:
     """Dump and seal one shard, by itself.
 
@@ -148,8 +155,9 @@ def dump_shard(
         without: reason by row of samples that are not even read: quarantined as if they could not be decoded, without
             a digest. Batches keep their bounds and shapes, zeros in the place of these samples, so that every other
             row is what it would be with them.
+        turn: held while the shard is in the teacher, so that another one of this process is read or written meanwhile.
     """
-    (encoded,) = encode_shards(job, [shard], bar, lambda: False, without)
+    (encoded,) = encode_shards(job, [shard], bar, lambda: False, without, turn)
     return write_shard(writer, encoded)
 
 
@@ -168,11 +176,16 @@ def write_shard(writer: StoreWriter, shard: EncodedShard) -> ShardReport:
 
 
 def encode_shards(
-    job: Job, shards: Iterable[int], bar: Pass, is_stopped: Callable[[], bool], without: Mapping[int, str] = NOTHING
+    job: Job,
+    shards: Iterable[int],
+    bar: Pass,
+    is_stopped: Callable[[], bool],
+    without: Mapping[int, str] = NOTHING,
+    turn: AbstractContextManager[object] = NO_TURN,
 ) -> Generator[EncodedShard, None, None]:
     """What the store keeps of each shard, in order; a shard that is not whole when someone stops is dropped."""
     shard: ShardBuffer | None = None
-    with read_ahead(job, shards, without) as ahead:
+    with read_ahead(job, shards, without) as ahead, turn:
         for said in soft_targets(job, ahead.until(is_stopped)):
             shard = shard or ShardBuffer(job, said.read.shard)
             shard.put(said)
