@@ -8,6 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+# Of one store: what a reader lists, or keeps an index of, must not grow with what a manifest merely says.
+MAX_ROWS = 2**63 - 1
+MAX_SHARDS = 1 << 22
+MAX_SHARD_CHUNKS = 1 << 16
+
 
 class RowLayout(Protocol):
     """How numbered rows are cut into numbered shards: what a reader asks, of one store or of a series of them."""
@@ -46,7 +51,7 @@ class Layout:
         chunk_rows: rows in a full chunk, at least 1.
 
     Raises:
-        ValueError: a count is not positive, or a shard is not a whole number of chunks.
+        ValueError: a count is not positive, a shard is not a whole number of chunks, or there are too many of them.
 
     Example:
         >>> Layout(num_rows=10, shard_rows=4, chunk_rows=2).shard_bounds(2)
@@ -66,6 +71,13 @@ class Layout:
                 f"shard_rows: expected a multiple of chunk_rows ({self.chunk_rows}), got {self.shard_rows}; "
                 "choose a whole number of chunks"
             )
+        for name, count, what, most in (
+            ("num_rows", self.num_rows, "rows", MAX_ROWS),
+            ("shard_rows", self.num_shards, "shards", MAX_SHARDS),
+            ("chunk_rows", self.shard_rows // self.chunk_rows, "chunks a shard", MAX_SHARD_CHUNKS),
+        ):
+            if count > most:
+                raise ValueError(f"{name}: expected at most {most:,} {what}, got {count:,}; choose a larger {name}")
 
     @property
     def num_shards(self) -> int:

@@ -18,6 +18,7 @@ OPTIONAL_FIELDS = ("sequences", "lineage")  # of later minor versions: left out 
 PER_POSITION = {"per": "position"}  # beside a sequence store's encoding: what makes a reader of 1.0 refuse it
 COMPRESSION, TIGHT = "compression", "max"  # in the provenance of a store that was packed tightly
 MOST_CHUNK_BYTES = (2 << 30) - 64  # of one array: what Blosc takes
+MAX_CLASSES = 1 << 24  # what counts classes takes memory for each, whether or not a row has it
 
 Compressor = Literal["none", "zstd"]
 
@@ -72,8 +73,8 @@ class Manifest:
         if not self.format_version:
             is_first = self.sequences is None and self.lineage is None and self.encoding.name in ("dense", "topk")
             object.__setattr__(self, "format_version", "1.0" if is_first else "1.1")
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes: expected at least 1, got {self.num_classes}")
+        if not isinstance(self.num_classes, int) or not 1 <= self.num_classes <= MAX_CLASSES:
+            raise ValueError(f"num_classes: expected 1 to {MAX_CLASSES:,}, got {self.num_classes}")
         if not self.temperatures or any(not 0 < value < float("inf") for value in self.temperatures):
             raise ValueError(f"temperatures: expected numbers above 0, got {list(self.temperatures)}")
         if sorted(set(self.temperatures)) != list(self.temperatures):
@@ -186,6 +187,7 @@ class Manifest:
             known = {option.name for option in fields(cls)} - {"extra"}
             options = {name: value[name] for name in known if name in value or name not in OPTIONAL_FIELDS}
             options["extra"] = {name: value[name] for name in value if name not in known and name != "format"}
+            _check_types(options)
             encoding = dict(options["encoding"])
             if "sequences" in options and {"per": encoding.pop("per", None)} != PER_POSITION:
                 raise ValueError('encoding: "per": "position" beside sequences')
@@ -200,6 +202,18 @@ class Manifest:
             return cls(**options)
         except (KeyError, TypeError, ValueError) as error:
             raise DamageError(f"manifest: expected a valid {error}; take another copy of the store") from error
+
+
+def _check_types(options: Mapping[str, Any]) -> None:
+    """Refuse values of another type than the field's, as JSON that somebody else made may have them."""
+    for name in ("teacher", "corpus", "preprocess", "provenance", "encoding"):
+        if not isinstance(options[name], Mapping):
+            raise TypeError(f"{name}, an object")
+    if not isinstance(options["has_hard_targets"], bool):
+        raise TypeError("has_hard_targets, true or false")
+    for name in ("k", "draws", "seed", "width"):
+        if not isinstance(options["encoding"].get(name, 0), int):
+            raise TypeError(f"{name} of the encoding, a whole number")
 
 
 def store_arrays(

@@ -8,12 +8,12 @@ from typing import Any
 
 from storage.arrays import Arrays
 from storage.errors import DamageError, FormatVersionError
-from storage.layout import from_ranges, to_ranges
+from storage.layout import MAX_SHARDS, from_ranges, to_ranges
 from storage.manifest import Manifest
+from storage.untrusted import check_object_names, is_count, parse_json
 
 MANIFEST = "manifest.json"
 FINAL = "final.json"
-MAX_RECORD_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,10 @@ class Seal:
         value = checked_record(data, where)
         try:
             value["quarantine"] = tuple(QuarantineEntry(**entry) for entry in value["quarantine"])
-            return cls(**value)
-        except (KeyError, TypeError) as error:
+            seal = cls(**value)
+            _check_seal(seal)
+            return seal
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DamageError(
                 f"{where}: expected a seal record, got {error}; take another copy of the store"
             ) from error
@@ -112,9 +114,11 @@ class Final:
         """
         value = checked_record(data, where)
         try:
-            value["sealed"] = tuple(from_ranges(value["sealed"]))
-            return cls(**value)
-        except (KeyError, TypeError, ValueError) as error:
+            value["sealed"] = _sealed_shards(value["sealed"])
+            final = cls(**value)
+            _check_final(final)
+            return final
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DamageError(
                 f"{where}: expected a final record, got {error}; take another copy of the store"
             ) from error
@@ -137,7 +141,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         FormatVersionError: a newer format version.
         DamageError: not JSON, or not a manifest that can be.
     """
-    value = _parse(data, where)
+    value = parse_json(data, where)
     try:
         return Manifest.from_json(value)
     except (FormatVersionError, DamageError) as error:
@@ -182,23 +186,44 @@ def checked_record(data: bytes, where: str) -> dict[str, Any]:
     Raises:
         DamageError: a bit of it was changed.
     """
-    value = _parse(data, where)
+    value = parse_json(data, where)
     if isinstance(value, dict):
         digest = value.pop("record_sha256", None)
         try:
             if digest is not None and signed(value) == data:
                 return value
-        except (ValueError, UnicodeEncodeError):
+        except (ValueError, RecursionError):
             pass
     raise DamageError(f"{where}: expected its checksum to hold, got another; take another copy of the store")
 
 
-def _parse(data: bytes, where: str) -> Any:
-    if len(data) > MAX_RECORD_BYTES:
-        raise DamageError(
-            f"{where}: expected at most {MAX_RECORD_BYTES} bytes, got {len(data)}; this is no logit store"
-        )
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        raise DamageError(f"{where}: expected JSON, got something else; take another copy of the store") from None
+def _check_seal(seal: Seal) -> None:
+    """Refuse a seal whose fields are no such values: whoever made it could sign it."""
+    if not all(map(is_count, (seal.shard, seal.start, seal.stop))) or not isinstance(seal.manifest_sha256, str):
+        raise ValueError("a shard, its rows and its manifest")
+    check_object_names(seal.objects)
+    if not isinstance(seal.arrays, dict) or not all(isinstance(digest, str) for digest in seal.arrays.values()):
+        raise ValueError("a digest of each array")
+    for entry in seal.quarantine:
+        if not is_count(entry.row) or not isinstance(entry.key, str) or not isinstance(entry.reason, str):
+            raise ValueError("a row, a key and a reason in each entry of the quarantine")
+
+
+def _check_final(final: Final) -> None:
+    if not all(map(is_count, (final.num_sealed_rows, final.num_quarantined))) or not isinstance(final.complete, bool):
+        raise ValueError("counts of rows")
+    if not all(isinstance(it, str) for it in (final.content_digest, final.manifest_sha256, final.seals_sha256)):
+        raise ValueError("digests")
+    check_object_names(final.metadata)
+
+
+def _sealed_shards(ranges: Any) -> tuple[int, ...]:
+    """Shards of ascending ranges, counted before they are listed."""
+    total = last = 0
+    for start, stop in ranges:
+        if not is_count(start) or not is_count(stop) or not last <= start < stop:
+            raise ValueError("ascending ranges of shards")
+        last, total = stop, total + stop - start
+    if total > MAX_SHARDS:
+        raise ValueError(f"at most {MAX_SHARDS:,} sealed shards")
+    return tuple(from_ranges(ranges))

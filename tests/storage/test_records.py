@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage import records
+from storage import untrusted
 from storage.errors import DamageError, FormatVersionError
 from storage.records import Final, QuarantineEntry, Seal, array_digests, canonical, parse_manifest
 
@@ -70,7 +70,7 @@ def test_signed_records_of_another_kind_are_refused() -> None:
 
 
 def test_a_record_that_is_too_large_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 10)
+    monkeypatch.setattr(untrusted, "MAX_RECORD_BYTES", 10)
     with pytest.raises(DamageError, match="here: expected at most 10 bytes, got 11; this is no logit store"):
         parse_manifest(b"{          ", "here")
 
