@@ -112,10 +112,10 @@ def finalize(store: Path, partial: bool) -> None:
     """Check the sealed shards once more, then make a store read-only for good."""
     with command_errors():
         from storage.exclusive import sole_run
-        from storage.reader import open_store
+        from storage.reader import open_one_store
         from storage.writer import StoreWriter
 
-        with open_store(store) as there:
+        with open_one_store(store) as there:
             manifest, was_final, num_rows = there.manifest, there.finalized, there.num_sealed_rows
         with (
             sole_run(store),

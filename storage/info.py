@@ -7,6 +7,7 @@ from typing import Any
 from storage.console import format_bytes, format_count, format_plural
 from storage.encodings import Hidden, Sample, TopK
 from storage.reader import Store, open_store
+from storage.series import Series
 
 SHOWN_NAMES = 6
 SHOWN_CHARACTERS = 72
@@ -25,7 +26,7 @@ def info(path: str | Path) -> dict[str, Any]:
 
 
 def _info(store: Store) -> dict[str, Any]:
-    manifest, final = store.manifest, store.final
+    manifest = store.manifest
     sealed, sequences = store.sealed_shards(), manifest.sequences
     return {
         "path": store.path,
@@ -35,7 +36,7 @@ def _info(store: Store) -> dict[str, Any]:
         "num_rows": manifest.num_rows,
         "num_sealed_rows": store.num_sealed_rows,
         "num_positions": 1 if sequences is None else sequences.num_positions,
-        "num_quarantined": len(store.quarantine()) if final is None else final.num_quarantined,
+        "num_quarantined": store.num_quarantined,
         "encoding": manifest.encoding.to_json(),
         "temperatures": list(manifest.temperatures),
         "num_classes": manifest.num_classes,
@@ -47,14 +48,30 @@ def _info(store: Store) -> dict[str, Any]:
         "corpus": dict(manifest.corpus),
         "preprocess": dict(manifest.preprocess),
         "format_version": manifest.format_version,
-        "num_bytes": store.backend.num_bytes(),
+        "num_bytes": sum(member.backend.num_bytes() for member in store.members),
         "compressor": manifest.compressor,
         "num_shards": store.layout.num_shards,
         "num_sealed_shards": len(sealed),
         "shard_rows": manifest.shard_rows,
         "chunk_rows": manifest.chunk_rows,
         "provenance": dict(manifest.provenance),
+        **({"members": _members(store)} if isinstance(store, Series) else {}),
     }
+
+
+def _members(series: Series) -> list[dict[str, Any]]:
+    """The stores of a series, and how many files of the corpus each of them covers."""
+    return [
+        {
+            "name": series.member_path(files).rsplit("/", 1)[-1],
+            "content_digest": member.content_digest,
+            "num_rows": files.num_rows,
+            "num_sealed_rows": member.num_sealed_rows,
+            "num_files": len(files.files),
+            "num_left_out": files.num_left_out,
+        }
+        for files, member in zip(series.files, series.members, strict=True)
+    ]
 
 
 def info_text(figures: Mapping[str, Any]) -> str:
@@ -65,11 +82,21 @@ def info_text(figures: Mapping[str, Any]) -> str:
 
 
 def _state(figures: Mapping[str, Any]) -> str:
+    if "members" in figures:
+        return _state_of_series(figures)
     if figures["finalized"]:
         return "finalized" if figures["complete"] else "finalized at a part of its rows"
     if figures["complete"]:
         return "all rows sealed, not finalized yet"
     return "not finished: the same teacherdump run goes on with it"
+
+
+def _state_of_series(figures: Mapping[str, Any]) -> str:
+    members = figures["members"]
+    text = f"a series of {format_plural(len(members), 'store')}"
+    if figures["finalized"]:
+        return f"{text}, each finalized; more may follow"
+    return f"{text}; {members[-1]['name']} is not finished: the same teacherdump run --follow goes on with it"
 
 
 def _facts(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -91,6 +118,11 @@ def _facts(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "layout", layout
     yield "size", _size(figures)
     yield "lineage", _joined([_origin(origin) for origin in figures["lineage"] or ()])
+    if "members" in figures:
+        files = sum(member["num_files"] for member in figures["members"])
+        left_out = sum(member["num_left_out"] for member in figures["members"])
+        what = f"{format_plural(files, 'file')} of the corpus"
+        yield "members", f"{what}, {format_count(left_out)} samples left out" if left_out else what
     yield "made", _joined(_named(figures["provenance"]))
     yield "digest", figures["content_digest"] or "none until it is finalized"
 

@@ -9,11 +9,12 @@ import numpy as np
 
 from storage.arrays import Array, ArraySpec
 from storage.backends import Backend, backend_for
+from storage.backends.mapped import read_scattered
 from storage.backends.zarr3 import seal_name
 from storage.encodings import HeadArrays, Hidden
 from storage.errors import DamageError, NotSealedError, PathError
 from storage.head import read_head
-from storage.layout import Layout
+from storage.layout import Layout, RowLayout
 from storage.manifest import Manifest
 from storage.records import (
     FINAL,
@@ -74,9 +75,17 @@ class Store:
         return self.backend.location
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> RowLayout:
         """How rows are cut into shards and chunks."""
         return self.manifest.layout
+
+    @property
+    def members(self) -> "tuple[Store, ...]":
+        """The stores that it is made of: itself, or those of a series."""
+        return (self,)
+
+    def refresh(self) -> None:
+        """Take up what a series grew by since; a store by itself never grows by rows."""
 
     @property
     def finalized(self) -> bool:
@@ -112,7 +121,7 @@ class Store:
         """Rows in sealed shards, as of now."""
         if self.final is not None:
             return self.final.num_sealed_rows
-        return num_rows_of(self.layout, self.sealed_shards())
+        return num_rows_of(self.manifest.layout, self.sealed_shards())
 
     def seal(self, shard: int) -> Seal:
         """The seal of a shard, checked.
@@ -144,11 +153,21 @@ class Store:
                 f"{where}: expected the seal of this shard and store, got another's",
                 shard=shard,
             )
+        known = {spec.name for spec in self.manifest.arrays}
+        if any(key.split("/")[0] not in known for key in seal.objects):
+            raise DamageError(f"{where}: expected objects of the store's arrays, got others", shard=shard)
+        if any(not seal.start <= entry.row < seal.stop for entry in seal.quarantine):
+            raise DamageError(f"{where}: expected a quarantine of the shard's own rows, got others", shard=shard)
         return seal
 
     def quarantine(self) -> list[QuarantineEntry]:
         """Rows without targets, with their reasons, in order."""
         return [entry for shard in self.sealed_shards() for entry in self.seal(shard).quarantine]
+
+    @property
+    def num_quarantined(self) -> int:
+        """Rows without targets in sealed shards, as of now; no seal is read once the store is finalized."""
+        return len(self.quarantine()) if self.final is None else self.final.num_quarantined
 
     def check_sealed(self, shard: int) -> None:
         """Check that a shard is sealed, and its seal, once.
@@ -202,6 +221,23 @@ class Store:
                 self.backend.read(name, shard, first, end, values[first - start : end - start])
             found[name] = values
         return found
+
+    def read_scattered(self, name: str, ranges: Sequence[tuple[int, int]], out: Array, positions: Array) -> None:
+        """Read ranges of sealed rows of an array, one after the other, into out[positions], every checksum checked.
+
+        Args:
+            name: the array.
+            ranges: first row and row after the last, each inside one shard.
+            out: of the stored type and row shape.
+            positions: int64, a different place in `out` for each row of the ranges.
+
+        Raises:
+            NotSealedError: some of the rows are not sealed.
+            DamageError: a checksum does not hold.
+        """
+        for start, _ in ranges:
+            self.check_sealed(self.layout.shard_of(start))
+        read_scattered(self.backend, self.manifest, name, ranges, out, positions)
 
     def check_shard(self, shard: int) -> Seal:
         """Check a shard's objects and arrays against its seal, and give the seal.
@@ -273,11 +309,37 @@ def num_rows_of(layout: Layout, shards: Sequence[int]) -> int:
 
 
 def open_store(path: str | Path) -> Store:
-    """A store, open for reading.
+    """A store, or a series of stores as one, open for reading.
 
     Raises:
         PathError: there is no store at the path.
+        NotSealedError: it is a series of which nothing is sealed yet.
         FormatVersionError: it is of a newer format version.
         DamageError: its manifest or final record was changed.
     """
-    return Store(backend_for(path))
+    from storage.series import open_series  # a series is made of stores
+
+    try:
+        return Store(backend_for(path))
+    except PathError:
+        series = open_series(path)
+        if series is None:
+            raise
+        return series
+
+
+def open_one_store(path: str | Path) -> Store:
+    """A store, open for reading, where a series of them won't do.
+
+    Raises:
+        PathError: there is no store at the path, or a series of several.
+        FormatVersionError: it is of a newer format version.
+        DamageError: its manifest or final record was changed.
+    """
+    from storage.series import refuse_series
+
+    try:
+        return Store(backend_for(path))
+    except PathError:
+        refuse_series(path)
+        raise

@@ -93,7 +93,7 @@ class StoreWriter:
     @property
     def layout(self) -> Layout:
         """How rows are cut into shards and chunks."""
-        return self.store.layout
+        return self.store.manifest.layout
 
     @property
     def finalized(self) -> bool:

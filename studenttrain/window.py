@@ -13,7 +13,6 @@ from typing import Self
 import numpy as np
 
 from storage.arrays import Array, Arrays
-from storage.backends.mapped import read_scattered
 from storage.reader import Store
 from studenttrain.order import EpochOrder, Indices, Window, batch_bounds, num_batches
 
@@ -129,10 +128,8 @@ class TargetReader:
         """Read some blocks of a window and put each row into its place."""
         ranges = window.blocks[blocks.start : blocks.stop]
         positions_R = window.positions_R[offsets[blocks.start] : offsets[blocks.stop]]
-        for start, _ in ranges:
-            self.store.check_sealed(self.store.layout.shard_of(start))
         for name in self.names:
-            read_scattered(self.store.backend, self.store.manifest, name, ranges, buffers[name], positions_R)
+            self.store.read_scattered(name, ranges, buffers[name], positions_R)
 
     def close(self) -> None:
         """Stop the threads; what they are reading is finished, what waits is dropped."""

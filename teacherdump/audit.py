@@ -23,7 +23,7 @@ from storage.encodings import Hidden, encoding_from_json
 from storage.errors import CorpusMismatchError, MismatchError, NotSealedError
 from storage.head import head_digest
 from storage.manifest import Manifest
-from storage.reader import Store, open_store
+from storage.reader import Store, open_one_store
 from storage.sequences import flatten_positions
 from teacherdump.audit_result import AuditResult
 from teacherdump.audit_tally import Tally
@@ -95,7 +95,7 @@ def audit(path: str | Path, config: DumpConfig, options: AuditOptions, bar: Pass
         StoreError: the store, the corpus or the teacher can't be used, or they have nothing to do with each other.
         ValueError: an option is out of range, or would be ignored.
     """
-    with open_store(path) as store:
+    with open_one_store(path) as store:
         rows_N = choose_rows(store, options)
         corpus, preprocess = _open_corpus(store, config, rows_N)
         identity = teacher_identity(config.models, config.arch, config.combine, config.precision)

@@ -24,7 +24,7 @@ from storage.encodings.values import ValueType
 from storage.errors import DamageError, MismatchError, NotSealedError
 from storage.exclusive import sole_run
 from storage.manifest import Compressor, Manifest, store_arrays
-from storage.reader import Store, open_store
+from storage.reader import Store, open_one_store
 from storage.records import Seal
 from storage.scan import check_target
 from storage.scan.passes import Progress, blocks
@@ -133,7 +133,7 @@ def transcode(
         DamageError: the source is damaged.
         ValueError: an option is out of range, or would be ignored.
     """
-    with open_store(source) as store:
+    with open_one_store(source) as store:
         digest = store.content_digest
         if digest is None:
             raise NotSealedError(

@@ -38,11 +38,11 @@ COMPRESSORS = ("none", "zstd")
 def transcode_command(source: Path, target: Path, **options: Any) -> None:
     """Write a finalized store to TARGET in a smaller encoding, without the teacher. Run again, it goes on."""
     with command_errors():
-        from storage.reader import open_store
+        from storage.reader import open_one_store
         from teacherdump.transcode import TranscodeOptions, transcode
 
         chosen = TranscodeOptions(**options)
-        with open_store(source) as store:
+        with open_one_store(source) as store:
             num_rows = store.num_sealed_rows
         with progress(2 * num_rows, "rows", "transcoding") as bar:
             result = transcode(source, target, chosen, progress=bar.advance)

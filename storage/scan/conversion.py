@@ -9,7 +9,7 @@ from storage.backends import backend_for
 from storage.errors import DamageError, MismatchError, NotSealedError, PathError
 from storage.exclusive import sole_run
 from storage.manifest import COMPRESSION, TIGHT, Manifest
-from storage.reader import Store, open_store
+from storage.reader import Store, open_one_store
 from storage.records import array_digests
 from storage.scan.passes import Progress, fold_shards, one_at_a_time
 from storage.writer import StoreWriter
@@ -64,7 +64,7 @@ def convert(
         PathError: the target holds something else.
         DamageError: the source is damaged.
     """
-    with open_store(source) as store:
+    with open_one_store(source) as store:
         digest = store.content_digest
         if digest is None:
             raise NotSealedError(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from storage.layout import RowLayout
 from storage.manifest import Manifest
 
 WINDOW = 256  # shards in one dask graph, so that a graph does not grow with the store
@@ -32,9 +33,18 @@ class Block:
     stop: int
 
 
-def blocks(manifest: Manifest, shard: int, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """A shard's rows in blocks of about `block_bytes` before compression, in order, each at least a chunk."""
-    layout = manifest.layout
+def blocks(
+    manifest: Manifest, shard: int, block_bytes: int = BLOCK_BYTES, layout: RowLayout | None = None
+) -> Iterator[Block]:
+    """A shard's rows in blocks of about `block_bytes` before compression, in order, each at least a chunk.
+
+    Args:
+        manifest: of the store.
+        shard: index of the shard.
+        block_bytes: of a block.
+        layout: of the series that the shard's number is of; None where it is of one store.
+    """
+    layout = layout or manifest.layout
     per_block = max(1, block_bytes // (manifest.chunk_rows * manifest.row_bytes))
     num_chunks = layout.num_chunks(shard)
     for first in range(0, num_chunks, per_block):

@@ -8,6 +8,9 @@ from storage.reader import Store
 
 def bytes_by_array(store: Store) -> dict[str, int]:
     """Bytes that the sealed rows of each array take as they are stored, checksums included, without the records."""
+    if store.members[0] is not store:  # a series
+        counted = [bytes_by_array(member) for member in store.members]
+        return {name: sum(sizes[name] for sizes in counted) for name in counted[0]}
     totals = {spec.name: 0 for spec in store.manifest.arrays}
     backend = store.backend
     if not isinstance(backend, Hdf5Backend):

@@ -132,8 +132,8 @@ def _tally_shard(store: Store, shard: int, head: HeadArrays | None, advance: Pro
     for entry in store.seal(shard).quarantine:
         tally.refuse(entry.reason, entry.key, entry.row)
     names = _names(manifest)
-    for block in blocks(manifest, shard):
-        arrays = {name: store.backend.read(name, shard, block.start, block.stop) for name in names}
+    for block in blocks(manifest, shard, layout=store.layout):
+        arrays = store.read(names, block.start, block.stop)
         status_N = arrays.pop("status")
         tally.status += np.bincount(status_N, minlength=256)
         if (status_N != STATUS_OK).any():

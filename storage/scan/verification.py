@@ -17,6 +17,7 @@ from storage.records import FINAL, Final, Seal, content_digest
 from storage.scan.files import check_metadata, lost_manifest, unexpected_files
 from storage.scan.passes import Block, Progress, blocks, fold_shards, one_at_a_time
 from storage.scan.rows import broken_rules
+from storage.series import is_series
 
 SPOT_HEAD_VALUES = 1 << 26  # of a head so small, every block's rows are recomputed; of a larger one, a shard's first's
 
@@ -100,6 +101,10 @@ def verify(path: str | Path, *, num_workers: int | None = None, progress: Progre
         PathError: there is no store at the path.
         FormatVersionError: it is of a newer format version.
     """
+    if is_series(path):
+        from storage.scan.series import verify_series
+
+        return verify_series(path, num_workers, progress)
     backend = backend_for(path)
     try:
         store = Store(backend)
@@ -130,7 +135,7 @@ def _verify(store: Store, num_workers: int | None, progress: Progress | None) ->
         finalized=store.finalized,
         content_digest=records.content_digest,
         num_rows=store.layout.num_rows,
-        num_sealed_rows=num_rows_of(store.layout, sealed),
+        num_sealed_rows=num_rows_of(store.manifest.layout, sealed),
         missing_rows=tuple(_missing_rows(store, sealed)),
         num_shards=len(sealed),
         num_chunks=shards.num_chunks,
@@ -207,7 +212,7 @@ def _check_final(store: Store, final: Final, counted: _Counted) -> Iterator[str]
         "content_digest": counted.content_digest,
         "seals_sha256": counted.seals_sha256,
         "num_quarantined": counted.num_quarantined,
-        "num_sealed_rows": num_rows_of(store.layout, final.sealed),
+        "num_sealed_rows": num_rows_of(store.manifest.layout, final.sealed),
         "complete": len(final.sealed) == store.layout.num_shards,
     }
     for name, value in expected.items():
@@ -299,7 +304,7 @@ def _read(findings: _Findings, name: str, block: Block) -> Array | None:
 def _check_rows(findings: _Findings, block: Block, arrays: Arrays, head: HeadArrays | None) -> None:
     for rule in broken_rules(findings.store.manifest, arrays, head):
         row = str(block.start + rule.first) + ("" if rule.position is None else f", position {rule.position}")
-        chunk = block.chunks[0] + rule.first // findings.store.layout.chunk_rows
+        chunk = block.chunks[0] + rule.first // findings.store.manifest.chunk_rows
         others = f" and in {rule.num_rows - 1} more rows near it" if rule.num_rows > 1 else ""
         findings.add(f"expected {rule.expected}, got something else in row {row}{others}", rule.array, chunk)
 
@@ -309,7 +314,7 @@ def _check_quarantine(findings: _Findings, block: Block, status_N: Array, refuse
     by_status = set((np.flatnonzero(status_N != STATUS_OK) + block.start).tolist())
     by_seal = {row for row in refused if block.start <= row < block.stop}
     for row in sorted(by_status ^ by_seal)[:1]:
-        chunk = block.chunks[0] + (row - block.start) // findings.store.layout.chunk_rows
+        chunk = block.chunks[0] + (row - block.start) // findings.store.manifest.chunk_rows
         findings.add(f"expected a quarantine entry for just the refused rows, got row {row} otherwise", "status", chunk)
 
 
