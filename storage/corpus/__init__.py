@@ -6,6 +6,7 @@ reads rows; `verify_corpus` holds a corpus against the store that was made from 
 """
 
 from storage.corpus.defaults import check_preprocess, default_preprocess
+from storage.corpus.files import FileEntry, list_files
 from storage.corpus.matching import check_digests, verify_corpus, verify_hard_targets
 from storage.corpus.opening import CORPUS_KINDS, open_corpus
 from storage.corpus.preprocess import Preprocess
@@ -13,11 +14,13 @@ from storage.corpus.protocol import Corpus, SampleError
 from storage.corpus.reading import Batch, read_batch, sample_digest, sample_digests
 from storage.corpus.sequences import SequenceOptions, TokenCorpus, check_ids
 from storage.corpus.tokenizer import Tokenizer, load_tokenizer
+from storage.corpus.without import without_rows
 
 __all__ = [
     "CORPUS_KINDS",
     "Batch",
     "Corpus",
+    "FileEntry",
     "Preprocess",
     "SampleError",
     "SequenceOptions",
@@ -27,6 +30,7 @@ __all__ = [
     "check_ids",
     "check_preprocess",
     "default_preprocess",
+    "list_files",
     "load_tokenizer",
     "open_corpus",
     "read_batch",
@@ -34,4 +38,5 @@ __all__ = [
     "sample_digests",
     "verify_corpus",
     "verify_hard_targets",
+    "without_rows",
 ]

@@ -1,14 +1,12 @@
 """A folder tree of images: a sample a file, a class a top folder where there are folders."""
 
-import errno
 import io
 import json
 import os
 import re
 import warnings
-from array import array as compact_array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -18,19 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401 - importing registers them
 
+from storage.corpus.files import IMAGE_SUFFIXES, SPLITS, Files, choose_files, files_in, find_files, walk_files
 from storage.corpus.labels import NO_LABELS, one_line, read_labels
 from storage.corpus.part import CorpusPart, part_of
+from storage.corpus.patterns import is_pattern
 from storage.corpus.protocol import SampleError, SampleKind, check_range, check_row
 from storage.errors import CorpusError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 # Pixels of the largest image that is decoded: Pillow's own limit, 256 MiB at three bytes a pixel.
 MAX_PIXELS = 89_478_485
 
 # Their plugins are imported above, so that Pillow does not import all of its others to look for them.
 _FORMATS = ("JPEG", "PNG", "WEBP")
-_SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev"})
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,26 +40,26 @@ _TURNS = {
 }
 _SIDEWAYS = (5, 6, 7, 8)
 _PIL_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
-_MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageCorpus:
     """A folder of images. About 40 bytes of index a sample, so that a million of them are 40 MB.
 
-    A sample's key is its path below the folder, with `/` between its parts; its bytes are those of the file.
+    A sample's key is its path below the folder or URL, with `/` between its parts; its bytes are those of the file.
     """
 
     kind: ClassVar[str] = "images"
     sample_kind: ClassVar[SampleKind] = "image"
 
-    path: Path
+    path: Path | str
     class_names: tuple[str, ...] | None
     hard_targets: NDArray[np.int32] | None = field(repr=False)
     fingerprint: str
     num_ignored: int
     names: bytes = field(repr=False)
     ends: NDArray[np.int64] = field(repr=False)
+    files: Files = field(repr=False)
 
     @property
     def num_samples(self) -> int:
@@ -80,16 +77,7 @@ class ImageCorpus:
 
     def read_raw(self, row: int) -> bytes:
         """The file's bytes."""
-        name = os.fsdecode(self._name(row))
-        try:
-            return (self.path / name).read_bytes()
-        except OSError as error:
-            if error.errno in _MACHINE_ERRORS or not self.path.is_dir():
-                raise CorpusError(
-                    f"corpus '{self.path}': expected its files to open, got '{error.strerror}'; mend that and run the "
-                    "same command again"
-                ) from error
-            raise SampleError(f"expected a file that can be read, got '{error.strerror}'; mend the file") from error
+        return self.files.read(os.fsdecode(self._name(row)))
 
     def decode(self, raw: bytes) -> NDArray[np.uint8]:
         """The image of a file's bytes; see `decode_image`."""
@@ -191,38 +179,53 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def open_images(path: Path, labels: str | Path | None = None) -> ImageCorpus:
-    """The images below a folder, sorted by their path; with the labels `none` its folders are no classes.
+def open_images(path: Path | str, labels: str | Path | None = None, files: Sequence[str] | None = None) -> ImageCorpus:
+    """The images below a folder or URL, sorted by their path; with the labels `none` its folders are no classes.
 
     Only names and sizes are looked at. Hidden files and folders are left out; other files are counted.
+
+    Args:
+        path: the folder.
+        labels: a file of hard targets, or `none` for none; None takes the folders as classes.
+        files: names of the images that are taken, in this order; the classes stay those of all that are there.
 
     Raises:
         CorpusError: no images, images both in the folder and in folders, links that leave it, or unusable labels.
     """
     where = f"corpus '{path}'"
-    if not path.is_dir():
-        raise CorpusError(f"{where}: expected a folder of images, got a file; give the folder")
-    found, num_ignored = _scan(path, where)
-    if not found:
+    if isinstance(path, Path) and not path.is_dir():
+        what = "a file" if path.exists() else "a pattern"
+        raise CorpusError(f"{where}: expected a folder of images, got {what}; give the folder")
+    if isinstance(path, str) and is_pattern(path):
+        raise CorpusError(f"{where}: expected the URL of a folder of images, got a pattern; give the folder")
+    found = find_files(path, IMAGE_SUFFIXES)
+    if not found.entries:
+        got = describe_files(path) if isinstance(path, Path) else f"{found.num_ignored} other object(s)"
         raise CorpusError(
-            f"{where}: expected images ({', '.join(IMAGE_SUFFIXES)}), got {describe_files(path)}; "
-            "give a folder that holds images"
+            f"{where}: expected images ({', '.join(IMAGE_SUFFIXES)}), got {got}; give a folder that holds images"
         )
-    found.sort()
-    ends = np.cumsum([len(name) for name, _ in found], dtype="<i8")
-    names, sizes = b"".join(name for name, _ in found), compact_array("q", (size for _, size in found))
-    class_names, hard_targets = (None, None) if labels == NO_LABELS else _classes(found, path, where)
+    chosen = choose_files(found, files, where).entries
+    names = [os.fsencode(entry.name) for entry in chosen]
+    class_names, hard_targets = None, None
+    if labels != NO_LABELS:
+        class_names = _classes([os.fsencode(entry.name) for entry in found.entries], path, where)
+        hard_targets = None if class_names is None else _class_of_each(names, class_names)
     if labels is not None and labels != NO_LABELS:
         if class_names is not None:
             raise CorpusError(
                 f"{where}: expected its folders to say the classes, got labels '{labels}' as well; "
                 "leave --labels out, or put the images into one folder"
             )
-        hard_targets = read_labels(labels, len(found))
-    state = sha256(json.dumps({"kind": "images", "num_samples": len(found)}).encode())
-    for part in (ends.tobytes(), names, np.frombuffer(sizes, np.int64).astype("<i8").tobytes()):
+        hard_targets = read_labels(labels, len(names))
+    ends = np.cumsum([len(name) for name in names], dtype="<i8")
+    sizes = np.array([entry.num_bytes for entry in chosen], "<i8")
+    state = sha256(json.dumps({"kind": "images", "num_samples": len(names)}).encode())
+    for part in (ends.tobytes(), b"".join(names), sizes.tobytes()):
         state.update(part)
-    return ImageCorpus(path, class_names, hard_targets, state.hexdigest(), num_ignored, names, ends)
+    shown = None if class_names is None else tuple(name.decode("utf-8", "backslashreplace") for name in class_names)
+    return ImageCorpus(
+        path, shown, hard_targets, state.hexdigest(), found.num_ignored, b"".join(names), ends, files_in(path)
+    )
 
 
 def first_image(path: Path) -> str | None:
@@ -243,73 +246,31 @@ def describe_files(path: Path) -> str:
     return f"{suffixes.total()} other file(s) ({counts}; for example {example!r})"
 
 
-def walk_files(root: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
-    """Every visible entry below a folder that is not a folder, with its path below it; links are not followed."""
-    pending = [(os.fspath(root), "")]
-    while pending:
-        folder, prefix = pending.pop()
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append((entry.path, f"{prefix}{entry.name}/"))
-                else:
-                    yield entry, prefix + entry.name
-
-
 def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _scan(path: Path, where: str) -> tuple[list[tuple[bytes, int]], int]:
-    """Name and size of every image, and the number of other files."""
-    found: list[tuple[bytes, int]] = []
-    num_ignored = 0
-    for entry, name in walk_files(path):
-        if entry.is_symlink():
-            if not _is_image(name) and not entry.is_dir():
-                num_ignored += 1
-                continue
-            check_link(entry, name, path, where)
-        if _is_image(name) and entry.is_file():
-            found.append((os.fsencode(name), entry.stat().st_size))
-        else:
-            num_ignored += 1
-    return found, num_ignored
-
-
-def check_link(entry: os.DirEntry[str], name: str, path: Path, where: str) -> None:
-    """Refuse a link that leads out of the folder, to a folder, or nowhere."""
-    target = Path(os.path.realpath(entry.path))
-    if not target.is_relative_to(os.path.realpath(path)):
-        raise CorpusError(
-            f"{where}: expected links that stay inside the folder, got {name!r}, which leads to '{target}'; "
-            "copy what it leads to"
-        )
-    if not target.is_file():
-        what = "a folder, whose images would be there twice" if target.is_dir() else "nothing"
-        raise CorpusError(f"{where}: expected links to files, got {name!r}, which leads to {what}; remove the link")
-
-
-def _classes(
-    found: list[tuple[bytes, int]], path: Path, where: str
-) -> tuple[tuple[str, ...] | None, NDArray[np.int32] | None]:
-    """Names of the top folders, sorted, and the class of each image; None for a flat folder."""
-    tops = sorted({name.partition(b"/")[0] for name, _ in found if b"/" in name})
+def _classes(names: Sequence[bytes], path: Path | str, where: str) -> list[bytes] | None:
+    """Names of the top folders, sorted; None for a flat folder."""
+    tops = sorted({name.partition(b"/")[0] for name in names if b"/" in name})
     if not tops:
-        return None, None
-    names = tuple(top.decode("utf-8", "backslashreplace") for top in tops)
-    flat = next((name for name, _ in found if b"/" not in name), None)
+        return None
+    shown = [top.decode("utf-8", "backslashreplace") for top in tops]
+    flat = next((name for name in names if b"/" not in name), None)
     if flat is not None:
         raise CorpusError(
             f"{where}: expected images in folders, one a class, or all in the one folder, got both "
-            f"({flat.decode('utf-8', 'backslashreplace')!r} beside the folder {names[0]!r}); move them into folders"
+            f"({flat.decode('utf-8', 'backslashreplace')!r} beside the folder {shown[0]!r}); move them into folders"
         )
-    if all(name.lower() in _SPLITS for name in names) and all(name.count(b"/") > 1 for name, _ in found):
+    if all(name.lower() in SPLITS for name in shown) and all(name.count(b"/") > 1 for name in names):
         raise CorpusError(
-            f"{where}: expected a folder for each class, got the splits {', '.join(map(repr, names))}; "
-            f"give one of them: '{path / names[0]}'"
+            f"{where}: expected a folder for each class, got the splits {', '.join(map(repr, shown))}; "
+            f"give one of them: '{path}/{shown[0]}'"
         )
-    index = {top: number for number, top in enumerate(tops)}
-    return names, np.fromiter((index[name.partition(b"/")[0]] for name, _ in found), np.int32, len(found))
+    return tops
+
+
+def _class_of_each(names: Sequence[bytes], class_names: Sequence[bytes]) -> NDArray[np.int32]:
+    """The number of each image's top folder."""
+    index = {top: number for number, top in enumerate(class_names)}
+    return np.fromiter((index[name.partition(b"/")[0]] for name in names), np.int32, len(names))

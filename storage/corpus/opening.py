@@ -2,15 +2,15 @@
 
 import gzip
 import json
-import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from storage.corpus.arrays import open_arrays
+from storage.corpus.files import FILE_KINDS, IMAGE_SUFFIXES, absolute
 from storage.corpus.idx import idx_files, open_idx
-from storage.corpus.images import IMAGE_SUFFIXES, describe_files, first_image, open_images
+from storage.corpus.images import describe_files, first_image, open_images
 from storage.corpus.labels import GZIP_MAGIC, NPY_MAGIC
 from storage.corpus.protocol import Corpus
 from storage.corpus.sequences import SequenceOptions
@@ -32,7 +32,7 @@ LATER_KINDS = {
 
 _STORE_FORMAT = "logit-store"
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_BROKEN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 
 
 def open_corpus(
@@ -41,6 +41,8 @@ def open_corpus(
     labels: str | Path | None = None,
     array: str | None = None,
     sequence: SequenceOptions | None = None,
+    *,
+    files: Sequence[str] | None = None,
 ) -> Corpus:
     """The corpus at a path, indexed and ready to read.
 
@@ -52,15 +54,17 @@ def open_corpus(
             the classes that its folders name.
         array: name of the array, where the file or group holds several.
         sequence: how tokens and text are cut into sequences.
+        files: names of the files that make up the corpus, in this order, of those that `list_files` gives; None takes
+            all.
 
     Raises:
         CorpusError: there is nothing that can be used, or no `sequence` where one is needed; the message says what to
             do.
-        ValueError: `array`, `labels` or `sequence` for a corpus that has no use for it.
+        ValueError: `array`, `labels`, `sequence` or `files` for a corpus that has no use for it.
     """
-    if _URL.match(str(path)):
-        raise CorpusError(f"corpus '{path}': expected a local path, got a URL; copy it to this machine first")
-    path = Path(os.path.abspath(path))  # noqa: PTH100 - links in the path stay as the user gave them
+    if _BROKEN_URL.match(str(path)):
+        raise CorpusError(f"corpus '{path}': expected a path or a URL as text, got a URL made a path; give the text")
+    path = absolute(path)
     where = f"corpus '{path}'"
     if kind is not None:
         _check_kind(kind, where)
@@ -82,12 +86,12 @@ def open_corpus(
             )
         if array is not None and kind != "arrays":
             raise ValueError(f"array: expected a .npz, HDF5 or Zarr corpus for {array!r}, got {kind}; leave it out")
-        openers: dict[str, Callable[[], Corpus]] = {
-            "images": lambda: open_images(path, labels),
-            "idx": lambda: open_idx(path, labels),
-            "arrays": lambda: open_arrays(path, labels, array),
-        }
-        return openers[kind]()
+        if files is not None and kind not in FILE_KINDS:
+            raise ValueError(f"files: expected a corpus of {' or '.join(FILE_KINDS)} files, got {kind}; leave them out")
+        if kind == "images":
+            return open_images(path, labels, files)
+        assert isinstance(path, Path)
+        return open_idx(path, labels) if kind == "idx" else open_arrays(path, labels, array)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         place = f" at '{error.filename}'" if error.filename else ""
@@ -97,9 +101,15 @@ def open_corpus(
 
 
 def _open_sequences(
-    path: Path, kind: str, labels: str | Path | None, array: str | None, sequence: SequenceOptions | None, where: str
+    path: Path | str,
+    kind: str,
+    labels: str | Path | None,
+    array: str | None,
+    sequence: SequenceOptions | None,
+    where: str,
 ) -> Corpus:
     """The sequences of a corpus of tokens or text."""
+    assert isinstance(path, Path)
     for name, value in (("labels", labels), ("array", array)):
         if value is not None:
             raise ValueError(f"{name}: expected none for a corpus of {kind}, got '{value}'; leave it out")
@@ -121,7 +131,7 @@ def _check_kind(kind: str, where: str) -> None:
         raise CorpusError(f"{where}: expected the kind {', '.join(CORPUS_KINDS)}, got {kind!r}; choose one of them")
 
 
-def _kinds_at(path: Path, kind: str | None, has_options: bool, where: str) -> list[str]:
+def _kinds_at(path: Path | str, kind: str | None, has_options: bool, where: str) -> list[str]:
     """The kinds that a path may hold, seen by its first bytes or names; none where it can't be told.
 
     Text beside images, and what a `.bin` begins with, is looked at only where it was asked for: `kind` is what the user
@@ -130,6 +140,8 @@ def _kinds_at(path: Path, kind: str | None, has_options: bool, where: str) -> li
     Raises:
         CorpusError: nothing is there, or a logit store.
     """
+    if isinstance(path, str):
+        return ["images"]
     if not path.exists():
         raise CorpusError(f"{where}: expected a file or folder, got nothing there; check the path")
     _refuse_store(path, where)
@@ -188,7 +200,7 @@ def _refuse_store(path: Path, where: str) -> None:
         )
 
 
-def _only_kind(found: list[str], path: Path, where: str) -> str:
+def _only_kind(found: list[str], path: Path | str, where: str) -> str:
     """The one kind that was found.
 
     Raises:
@@ -198,6 +210,7 @@ def _only_kind(found: list[str], path: Path, where: str) -> str:
         return found[0]
     if found:
         raise CorpusError(f"{where}: expected one kind of corpus, got {' and '.join(found)}; say which: --corpus-kind")
+    assert isinstance(path, Path)
     if path.is_dir():
         raise _strange_folder(path, where)
     if path.suffix.lower() in IMAGE_SUFFIXES:

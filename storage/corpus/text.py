@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.corpus.images import check_link, walk_files
+from storage.corpus.files import check_link, walk_files
 from storage.corpus.labels import one_line
 from storage.corpus.sequences import (
     SequenceOptions,
@@ -90,7 +90,7 @@ def _text_files(path: Path, where: str) -> tuple[list[Path], int]:
             num_ignored += 1
             continue
         if entry.is_symlink():
-            check_link(entry, name, path, where)
+            check_link(entry.path, name, path, where)
         names.append(os.fsencode(name))
     if not names:
         raise CorpusError(f"{where}: expected text ({', '.join(TEXT_SUFFIXES)}), got none; give a folder that holds it")

@@ -130,7 +130,7 @@ def test_a_folder_that_is_reached_by_a_link_itself_is_fine(tmp_path: Path) -> No
 def test_a_link_to_a_folder_inside_is_refused(tmp_path: Path) -> None:
     write_image_folder(tmp_path)
     (tmp_path / "dog").symlink_to("ant")
-    with pytest.raises(CorpusError, match="got 'dog', which leads to a folder, whose images would be there twice"):
+    with pytest.raises(CorpusError, match="got 'dog', which leads to a folder, whose files would be there twice"):
         open_corpus(tmp_path)
 
 
