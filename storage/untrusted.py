@@ -15,6 +15,7 @@ from typing import Any
 from storage.errors import DamageError
 
 MAX_RECORD_BYTES = 256 << 20
+MAX_HEAD_BYTES = 16 << 30  # of a `head/*.npy`, which is no JSON
 MAX_RECORD_VALUES = 5_000_000  # each takes some 100 bytes once it is parsed
 MAX_DEPTH = 32  # objects and lists in one another; a manifest has about five
 NOT_FOLLOWED = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe would be waited for forever
@@ -43,16 +44,20 @@ def parse_json(data: bytes, where: str) -> Any:
     return value
 
 
-def check_record_size(num_bytes: int, where: str) -> None:
+def record_limit(name: str) -> int:
+    """Bytes that the record of a name may have at most."""
+    return MAX_HEAD_BYTES if name.startswith("head/") else MAX_RECORD_BYTES
+
+
+def check_record_size(num_bytes: int, where: str, most: int | None = None) -> None:
     """Refuse a record that is too large to be one, before it is read.
 
     Raises:
         DamageError: it is.
     """
-    if num_bytes > MAX_RECORD_BYTES:
-        raise DamageError(
-            f"{where}: expected at most {MAX_RECORD_BYTES} bytes, got {num_bytes}; this is no logit store"
-        )
+    limit = MAX_RECORD_BYTES if most is None else most
+    if num_bytes > limit:
+        raise DamageError(f"{where}: expected at most {limit} bytes, got {num_bytes}; this is no logit store")
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

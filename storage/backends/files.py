@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 from storage.errors import OutOfSpaceError, PathError
+from storage.untrusted import NOT_FOLLOWED, open_inside
 
 READ_BYTES = 8 << 20
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -74,7 +75,7 @@ def only_one(path: Path, done: Path) -> Iterator[None]:
         done: what the one that comes through first leaves behind.
     """
     make_folder(path.parent)
-    with path.open("ab") as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | NOT_FOLLOWED, 0o666), "wb") as file:
         with contextlib.suppress(OSError):  # no locks on this file system: then one writer a shard is the caller's duty
             fcntl.flock(file, fcntl.LOCK_EX)
         try:
@@ -138,11 +139,20 @@ def _write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def file_digest(path: Path, start: int = 0) -> dict[str, Any]:
-    """`num_bytes` and `xxh3_128` of a file from byte `start` on, as they lie on the disk."""
+def file_digest(path: Path, start: int = 0, root: Path | None = None) -> dict[str, Any]:
+    """`num_bytes` and `xxh3_128` of a file from byte `start` on, as they lie on the disk.
+
+    Args:
+        path: of the file.
+        start: first byte.
+        root: a folder above it, below which no link is followed; None follows them all.
+
+    Raises:
+        DamageError: there is a link below the root, or it is no plain file.
+    """
     state = xxhash.xxh3_128()
     num_bytes = 0
-    with path.open("rb") as file:
+    with path.open("rb") if root is None else os.fdopen(open_inside(root, path), "rb") as file:
         file.seek(start)
         while data := file.read(READ_BYTES):
             state.update(data)
