@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test chaos lint format clean
 
 demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
+
+# about seven minutes; more in docs/chaos.md: make chaos CHAOS='--seed 7 --rounds workers'
+chaos: $(READY)
+	$(BIN)/python -m benchmarks.chaos $(CHAOS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

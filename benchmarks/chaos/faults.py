@@ -1,0 +1,81 @@
+"""What goes wrong, and how often it really did."""
+
+import random
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Relative frequency of each kind. A killed driver costs the most time, since four workers start anew with it.
+AT_THE_PROXY: Mapping[str, float] = {
+    "error-500": 8,
+    "error-503": 8,
+    "late-error": 5,
+    "cut-answer": 8,
+    "cut-request": 8,
+    "lost-answer": 8,
+    "slow": 4,
+    "full": 3,
+    "refuse": 3,
+    "stop": 3,
+}
+KILLS: Mapping[str, float] = {"worker-killed": 8, "driver-killed": 2}
+LONGEST_S: Mapping[str, float] = {"slow": 4.0, "full": 4.0, "refuse": 3.0, "stop": 4.0}
+MOST_REQUESTS = 4
+
+
+def proxy_fault(kind: str, generator: random.Random) -> dict[str, Any]:
+    """What the proxy is told of a fault of a kind of `AT_THE_PROXY`."""
+    if kind in LONGEST_S:
+        return {"kind": kind, "seconds": round(generator.uniform(0.5, LONGEST_S[kind]), 2)}
+    if kind.startswith("error-"):
+        return {"kind": "error", "status": int(kind[6:]), "requests": generator.randint(1, MOST_REQUESTS)}
+    if kind == "late-error":
+        return {"kind": kind, "status": generator.choice([500, 503])}
+    return {"kind": kind}
+
+
+@dataclass
+class Tally:
+    """Faults that hit something.
+
+    Attributes:
+        faults: number by kind; one that fell on nothing is none.
+        requests: requests that each kind broke or held up.
+        missed: number by kind of those that found nothing to break.
+    """
+
+    faults: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)
+    missed: Counter[str] = field(default_factory=Counter)
+    _armed: dict[int, str] = field(default_factory=dict)
+    _num_armed: int = 0
+
+    @property
+    def num_faults(self) -> int:
+        """Faults that hit something, so far."""
+        return sum(self.faults.values())
+
+    @property
+    def num_armed(self) -> int:
+        """Faults that wait for something to break, or are under way."""
+        return len(self._armed)
+
+    def arm(self, kind: str) -> int:
+        """Number of a fault that is going to be reported."""
+        self._num_armed += 1
+        self._armed[self._num_armed] = kind
+        return self._num_armed
+
+    def heard(self, number: int, hits: int) -> None:
+        """A fault that was armed is over."""
+        kind = self._armed.pop(number)
+        self.add(kind, hits)
+        self.requests[kind] += hits
+
+    def add(self, kind: str, hits: int = 1) -> None:
+        """Count a fault that was no matter of the proxy's."""
+        if hits:
+            self.faults[kind] += 1
+        else:
+            self.missed[kind] += 1
