@@ -27,12 +27,14 @@ from storage.backends.files import (
     sync_folder,
     write_new,
 )
+from storage.backends.hdf5_plain import check_shape, plain_dataset, record_bytes, swollen_chunk
 from storage.backends.sink import Sink
 from storage.backends.zarr3 import list_seal_files, lock_beside, read_record, seal_name
 from storage.errors import DamageError, PathError
 from storage.head import HEAD_BIAS, HEAD_FOLDER, HEAD_WEIGHT
 from storage.manifest import Manifest
 from storage.records import MANIFEST
+from storage.untrusted import is_count, open_inside, parse_json, refuse_links
 
 USER_BLOCK_BYTES = 512
 USER_BLOCK_START = b'{"format": "logit-store"'
@@ -70,6 +72,7 @@ class Hdf5Backend:
         left = list(self.parts.iterdir()) if self.parts.exists() else []
         if any(path.suffix != ".partial" and path.name != HEAD_FOLDER for path in left):
             raise PathError(f"{self.parts}: expected nothing, or parts of a logit store; give another path")
+        refuse_links(self.parts, self.parts / HEAD_FOLDER)
         if (self.parts / HEAD_FOLDER).is_dir():
             shutil.rmtree(self.parts / HEAD_FOLDER)  # of a creation that was cut off, maybe with another teacher
         with clear_os_errors(self.path):
@@ -106,6 +109,7 @@ class Hdf5Backend:
         """Write a record file among the parts."""
         if self.path.exists():
             return False
+        refuse_links(self.parts, (self.parts / name).parent)
         with clear_os_errors(self.path):
             return write_new(self.parts / name, data)
 
@@ -122,7 +126,7 @@ class Hdf5Backend:
                 return self._seals(file).get(name)
             if not self._is_ours and f"records/{name}" not in file:
                 return None
-            return bytes(file[f"records/{name}"][()].tobytes())
+            return record_bytes(file, name, self.path)
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise DamageError(
                 f"{self.path}: expected a readable record {name!r}, got {error}; take another copy"
@@ -131,8 +135,8 @@ class Hdf5Backend:
     def _seals(self, file: h5py.File) -> dict[str, bytes]:
         """All seal records of the final file by name, read once."""
         if self._seal_records is None:
-            lines = file["records/seals"][()].tobytes().splitlines()
-            self._seal_records = {seal_name(json.loads(line)["shard"]): line + b"\n" for line in lines}
+            lines = record_bytes(file, "seals", self.path).splitlines()
+            self._seal_records = {seal_name(_shard_of(line)): line + b"\n" for line in lines}
         return self._seal_records
 
     def list_seals(self) -> list[int]:
@@ -150,12 +154,14 @@ class Hdf5Backend:
 
     def lock_shard(self, shard: int) -> AbstractContextManager[None]:
         """A file lock beside the seal, among the parts."""
+        refuse_links(self.parts, (self.parts / seal_name(shard)).parent)
         return lock_beside(self.parts / seal_name(shard))
 
     def write_shard(self, shard: int, arrays: Mapping[str, Array]) -> None:
         """Write one part aside, make it durable and rename it."""
         assert self._manifest is not None
         path = self._part(shard)
+        refuse_links(self.parts, path)
         with clear_os_errors(self.path):
             make_folder(path.parent)
             for left in path.parent.glob(f"{path.name}.*.partial"):
@@ -209,6 +215,7 @@ class Hdf5Backend:
         first, _ = self._manifest.layout.shard_bounds(shard)
         path = self._part(shard)
         try:
+            os.close(open_inside(self.parts, path))
             with h5py.File(path, "r", locking=False) as part:
                 return self._read_from(part, name, shard, start - first, stop - first, first)
         except (OSError, RuntimeError) as error:
@@ -220,15 +227,12 @@ class Hdf5Backend:
     def _read_from(self, file: h5py.File, name: str, shard: int, start: int, stop: int, offset: int) -> Array:
         spec = self._specs[name]
         try:
-            dataset = file[name]
-            if dataset.shape[1:] != spec.row_shape or dataset.dtype != np.dtype(spec.dtype) or stop > len(dataset):
-                raise DamageError.in_shard(
-                    self.path,
-                    name,
-                    shard,
-                    None,
-                    "the manifest's shape and type, got another",
-                )
+            dataset = plain_dataset(file, name, self.path)
+            wrong = check_shape(dataset, spec) or swollen_chunk(dataset, start, stop)
+            if not wrong and stop > len(dataset):
+                wrong = f"{stop} rows, got {len(dataset)}"
+            if wrong:
+                raise DamageError.in_shard(self.path, name, shard, None, wrong)
             result: Array = dataset[start:stop]
             return result
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
@@ -260,7 +264,7 @@ class Hdf5Backend:
         """Bytes of the file, or of all parts."""
         if self.path.exists():
             return self.path.stat().st_size
-        return sum(Path(folder, name).stat().st_size for folder, _, files in os.walk(self.parts) for name in files)
+        return sum(Path(folder, name).lstat().st_size for folder, _, files in os.walk(self.parts) for name in files)
 
     def seal_writing(self, records: Mapping[str, bytes], sealed: Collection[int]) -> None:
         """Copy all sealed parts into one file, put its digest into the user block, rename it, remove the parts."""
@@ -284,12 +288,13 @@ class Hdf5Backend:
                     for name in self._specs:
                         file[name][start:stop] = self.read(name, shard, start, stop)
                         sink.check()
-                seals = b"".join((self.parts / seal_name(shard)).read_bytes() for shard in shards)
-                once = [name for name in (MANIFEST, HEAD_WEIGHT, HEAD_BIAS) if (self.parts / name).is_file()]
-                for name in once:
-                    _create_record(file, name, (self.parts / name).read_bytes())
-                for name, data in {**records, "seals": seals}.items():
-                    _create_record(file, name, data)
+                seals = b"".join(read_record(self.parts, seal_name(shard)) or b"" for shard in shards)
+                for name in (MANIFEST, HEAD_WEIGHT, HEAD_BIAS):
+                    data = read_record(self.parts, name)
+                    if data is not None:
+                        _create_record(file, name, data)
+                for name, last in {**records, "seals": seals}.items():
+                    _create_record(file, name, last)
             with partial.open("r+b") as raw:
                 raw.write(_user_block(file_digest(partial, USER_BLOCK_BYTES)))
             sync_file(partial)
@@ -328,6 +333,17 @@ def _new_file(path: Path, **options: Any) -> Iterator[tuple[h5py.File, Sink]]:
             sink.check()  # the cause, if HDF5 stumbled over what was dropped
             raise
         sink.check()
+
+
+def _shard_of(line: bytes) -> int:
+    """The shard of a seal record, which is checked when it is used."""
+    try:
+        shard = parse_json(line, "seals")["shard"]
+    except DamageError as error:
+        raise ValueError(str(error)) from None
+    if not is_count(shard):
+        raise ValueError(f"expected a shard, got {shard!r}")
+    return int(shard)
 
 
 def _create_record(file: h5py.File, name: str, data: bytes) -> None:

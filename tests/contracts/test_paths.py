@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import zarr
 
-from storage.backends import backend_for
+from storage.backends import backend_for, zarr3
 from storage.backends.files import clear_os_errors, make_folder, only_one, sync_folder, write_new
 from storage.errors import DamageError, FormatVersionError, OutOfSpaceError, PathError
 from storage.reader import open_store
@@ -180,10 +180,10 @@ def test_records_without_permission_to_read_are_refused(
     path = path_of(kind, tmp_path)
     StoreWriter.open(path, small_manifest()).close()
 
-    def refuse(path: Path) -> bytes:
+    def refuse(root: Path, path: Path) -> int:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(zarr3, "open_inside", refuse)
     with pytest.raises(PathError, match="expected a path that may be read and written, got Permission denied"):
         open_store(path)
     with pytest.raises(PathError, match="expected a path that may be read and written, got Permission denied"):
