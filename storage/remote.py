@@ -4,6 +4,7 @@ Credentials come from the environment, in each process, and stay inside the libr
 that. Every request is tried again until it is answered or `LOGITSTORE_RETRY_S` is over.
 """
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,14 @@ from storage.urls import checked_key, checked_url, is_url, split_url
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-__all__ = ["Entry", "Place", "is_url", "open_place", "split_url"]
+__all__ = ["Entry", "LostObjectError", "Place", "State", "is_url", "open_place", "split_url"]
 
 PART_BYTES = 16 << 20  # more is read and written in parts, so that a cut connection costs no more than one
 PARALLEL_PARTS = 8
 MERGE_BYTES = 4 << 10  # a gap that costs less than a request of its own
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S, REQUEST_TIMEOUT_S = 5, 30, 120
+PATIENT_TIMEOUT_S = 900  # of a request that carries a shard's array
+DELETED_AT_ONCE = 1000
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 CREDENTIAL_VARIABLES = ("AWS_", "GOOGLE_", "AZURE_")
 
@@ -44,6 +47,25 @@ class Entry:
     key: str
     num_bytes: int
     version: str
+
+
+@dataclass(frozen=True)
+class State:
+    """An object as it was at one moment, to be replaced only if it still is.
+
+    Attributes:
+        num_bytes: its size.
+        e_tag: what changes with its bytes, or None.
+        version: of it, where the storage keeps versions, or None.
+    """
+
+    num_bytes: int
+    e_tag: str | None
+    version: str | None
+
+
+class LostObjectError(RemoteError):
+    """An object that should be there is not, or is shorter than it should be: take another copy."""
 
 
 def open_place(url: str) -> "Place":
@@ -76,8 +98,16 @@ class Place:
 
     @property
     def _store(self) -> "ObjectStore":
+        return self._connection(is_patient=False)
+
+    @property
+    def _patient_store(self) -> "ObjectStore":
+        """For requests that carry much, and so hear nothing for long."""
+        return self._connection(is_patient=True)
+
+    def _connection(self, is_patient: bool) -> "ObjectStore":
         environment = {name: value for name, value in os.environ.items() if name.startswith(CREDENTIAL_VARIABLES)}
-        return _connect(self._root, hash(frozenset(environment.items())), os.getpid())
+        return _connect(self._root, is_patient, hash(frozenset(environment.items())), os.getpid())
 
     @property
     def bytes_read(self) -> int:
@@ -115,27 +145,32 @@ class Place:
             DamageError: the object is larger than that.
             RemoteError: it can't be read.
         """
+        found = self.look(key, max_bytes)
+        return None if found is None else found[0]
+
+    def look(self, key: str, max_bytes: int | None = None) -> tuple[bytes, State] | None:
+        """What `get` gives, with the state of the object that had these bytes."""
         path, where = self._path(key), self._where(key)
 
-        def ask() -> bytes | int:
+        def ask() -> tuple[bytes | None, State]:
             result = self._store.get(path)
-            size = int(result.meta["size"])
-            if size > PART_BYTES or (max_bytes is not None and size > max_bytes):
-                return size
-            return _whole(bytes(result.bytes()), size)
+            state = _state(result.meta)
+            if max_bytes is not None and state.num_bytes > max_bytes:
+                raise DamageError(
+                    f"{where}: expected at most {max_bytes} bytes, got {state.num_bytes}; this is not what it should be"
+                )
+            if state.num_bytes > PART_BYTES:
+                return None, state
+            return _whole(bytes(result.bytes()), state.num_bytes), state
 
         try:
-            found = retried(where, ask)
+            data, state = retried(where, ask)
         except FileNotFoundError:
             return None
-        if isinstance(found, bytes):
-            self._count(len(found))
-            return found
-        if max_bytes is not None and found > max_bytes:
-            raise DamageError(
-                f"{where}: expected at most {max_bytes} bytes, got {found}; this is not what it should be"
-            )
-        return self.get_range(key, 0, found)
+        if data is None:
+            return self.get_range(key, 0, state.num_bytes), state
+        self._count(len(data))
+        return data, state
 
     def get_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of an object, just as many as that.
@@ -158,10 +193,10 @@ class Place:
         try:
             data = retried(where, lambda: bytes(self._store.get_range(path, start=start, end=stop)))
         except FileNotFoundError:
-            raise RemoteError(f"{where}: expected an object, got none; check the URL") from None
+            raise LostObjectError(f"{where}: expected an object, got none; check the URL") from None
         self._count(len(data))
         if len(data) != stop - start:
-            raise RemoteError(
+            raise LostObjectError(
                 f"{where}: expected bytes {start} to {stop - 1}, got {len(data)} of them; the object is shorter than "
                 "it should be: take another copy"
             )
@@ -193,19 +228,24 @@ class Place:
 
     def size(self, key: str) -> int | None:
         """Bytes of an object, or None where there is none."""
+        state = self.state(key)
+        return None if state is None else state.num_bytes
+
+    def state(self, key: str) -> State | None:
+        """An object's state, or None where there is none."""
         path = self._path(key)
         try:
-            return int(retried(self._where(key), lambda: self._store.head(path))["size"])
+            return _state(retried(self._where(key), lambda: self._store.head(path)))
         except FileNotFoundError:
             return None
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object, over what is there; it appears whole."""
-        self._refuse_to_write()
+        self.refuse_to_write()
         path, where = self._path(key), self._where(key)
         is_large = len(data) > PART_BYTES
         try:
-            retried(where, lambda: self._store.put(path, data, use_multipart=is_large, chunk_size=PART_BYTES))
+            retried(where, lambda: self._patient_store.put(path, data, use_multipart=is_large, chunk_size=PART_BYTES))
         except FileNotFoundError:
             raise self._no_bucket(where) from None
         self._count(num_written=len(data))
@@ -217,19 +257,35 @@ class Place:
             False where there is another one; True where there is one of the same bytes too: it may be this one, written
             by a request whose answer was lost.
         """
-        self._refuse_to_write()
+        return self._put_if(key, data, "create")
+
+    def put_over(self, key: str, data: bytes, state: State) -> bool:
+        """Write an object over the one that had a state, if it still has it.
+
+        Returns:
+            False where it has not; True where what is there has the same bytes, as in `put_new`.
+        """
+        mode: Any = {name: value for name in ("e_tag", "version") if (value := getattr(state, name)) is not None}
+        return self._put_if(key, data, mode)
+
+    def _put_if(self, key: str, data: bytes, mode: Any) -> bool:
+        self.refuse_to_write()
         path, where = self._path(key), self._where(key)
 
         def ask() -> bool:
             try:
-                self._store.put(path, data, mode="create", use_multipart=False)
+                self._patient_store.put(path, data, mode=mode, use_multipart=False)
+            except FileNotFoundError:
+                if mode == "create":
+                    raise
+                return False  # what was to be replaced is gone
             except Exception as error:
                 if not is_answer(error):
                     raise
-                found = self.get(key)
-                if found is None:  # two at once, and neither came through; or it was deleted just now
+                there = self.state(key)
+                if there is None and mode == "create":  # two at once, and neither came through; or it was just deleted
                     raise TimeoutError("kind: Request") from None
-                return found == data
+                return there is not None and self._holds(key, there, data)
             self._count(num_written=len(data))
             return True
 
@@ -237,6 +293,13 @@ class Place:
             return retried(where, ask)
         except FileNotFoundError:
             raise self._no_bucket(where) from None
+
+    def _holds(self, key: str, state: State, data: bytes) -> bool:
+        """Whether an object has just these bytes; it is read only where its state does not tell."""
+        if state.num_bytes != len(data):
+            return False
+        digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        return (state.e_tag or "").strip('"') == digest or self.get(key) == data
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """The objects below a prefix, which is whole parts of a key, by key where the storage sorts them.
@@ -271,23 +334,39 @@ class Place:
 
     def delete(self, key: str) -> None:
         """Remove an object; nothing where there is none."""
-        self._refuse_to_write()
+        self.refuse_to_write()
         path = self._path(key)
         try:
             retried(self._where(key), lambda: self._store.delete(path))
         except FileNotFoundError:
             return
 
+    def delete_all(self, keys: Sequence[str]) -> None:
+        """Remove many objects, some with each request."""
+        self.refuse_to_write()
+        for start in range(0, len(keys), DELETED_AT_ONCE):
+            paths = [self._path(key) for key in keys[start : start + DELETED_AT_ONCE]]
+            try:
+                retried(self.url, partial(self._store.delete, paths))
+            except FileNotFoundError:  # of a storage that deletes one by one: the others are to go all the same
+                for key in keys[start : start + DELETED_AT_ONCE]:
+                    self.delete(key)
+
     def copy(self, key: str, target_key: str) -> None:
         """Copy an object inside the place, over what is there, without its bytes coming here."""
-        self._refuse_to_write()
+        self.refuse_to_write()
         source, target = self._path(key), self._path(target_key)
         try:
             retried(self._where(key), lambda: self._store.copy(source, target))
         except FileNotFoundError:
             raise RemoteError(f"{self._where(key)}: expected an object, got none; check the URL") from None
 
-    def _refuse_to_write(self) -> None:
+    def refuse_to_write(self) -> None:
+        """Refuse a place that can only be read.
+
+        Raises:
+            RemoteError: it is one.
+        """
         if self.is_read_only:
             raise RemoteError(
                 f"{self.url}: expected a storage that can be written, got HTTP, which is for reading; use s3://, gs:// "
@@ -310,6 +389,10 @@ class Place:
         return hash(self.url)
 
 
+def _state(meta: Any) -> State:
+    return State(int(meta["size"]), meta["e_tag"], meta["version"])
+
+
 def _whole(data: bytes, size: int) -> bytes:
     """Bytes, if all of them came."""
     if len(data) != size:
@@ -318,7 +401,7 @@ def _whole(data: bytes, size: int) -> bytes:
 
 
 @lru_cache(maxsize=64)
-def _connect(root: str, _environment: int, _process: int) -> "ObjectStore":
+def _connect(root: str, is_patient: bool, _environment: int, _process: int) -> "ObjectStore":
     """The library's own store of a bucket or host: one for all places of a process in it, for they share connections.
 
     Raises:
@@ -335,9 +418,10 @@ def _connect(root: str, _environment: int, _process: int) -> "ObjectStore":
     client: Any = {
         "allow_http": plain,
         "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
-        "read_timeout": timedelta(seconds=READ_TIMEOUT_S),
-        "timeout": timedelta(seconds=REQUEST_TIMEOUT_S),
+        "timeout": timedelta(seconds=PATIENT_TIMEOUT_S if is_patient else REQUEST_TIMEOUT_S),
     }
+    if not is_patient:
+        client["read_timeout"] = timedelta(seconds=READ_TIMEOUT_S)
     retry: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}  # `retried` does it
     try:
         store: ObjectStore = from_url(root, client_options=client, retry_config=retry)
