@@ -9,12 +9,13 @@ from typing import Any, Literal, Self
 from storage.arrays import ArraySpec, common_arrays, float_array
 from storage.encodings import Encoding, encoding_from_json
 from storage.errors import DamageError, FormatVersionError
-from storage.layout import Layout
+from storage.layout import MAX_ROWS, Layout
 from storage.sequences import Sequences, at_positions
 
 FORMAT_NAME = "logit-store"
 FORMAT_VERSION = (1, 1)  # that is read; each store is of the lowest version that has all that it keeps
 OPTIONAL_FIELDS = ("sequences", "lineage")  # of later minor versions: left out of the JSON where they are None
+FIRST_ROW = "first_row"  # in `corpus`, where the rows are only some of its samples
 PER_POSITION = {"per": "position"}  # beside a sequence store's encoding: what makes a reader of 1.0 refuse it
 COMPRESSION, TIGHT = "compression", "max"  # in the provenance of a store that was packed tightly
 MOST_CHUNK_BYTES = (2 << 30) - 64  # of one array: what Blosc takes
@@ -102,6 +103,16 @@ class Manifest:
         It says how a store is written, not what it is: any reader of the compressor reads both.
         """
         return self.provenance.get(COMPRESSION) == TIGHT
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the rows are only some of the corpus's samples: row r is sample `first_row` + r."""
+        return FIRST_ROW in self.corpus
+
+    @property
+    def first_row(self) -> int:
+        """The sample of the corpus that row 0 is of; 0 but where the store is a part of another."""
+        return int(self.corpus.get(FIRST_ROW, 0))
 
     @cached_property
     def layout(self) -> Layout:
@@ -214,6 +225,9 @@ def _check_types(options: Mapping[str, Any]) -> None:
     for name in ("k", "draws", "seed", "width"):
         if not isinstance(options["encoding"].get(name, 0), int):
             raise TypeError(f"{name} of the encoding, a whole number")
+    first_row = options["corpus"].get(FIRST_ROW, 0)
+    if not isinstance(first_row, int) or not 0 <= first_row < MAX_ROWS:
+        raise TypeError("first_row of the corpus, a whole number")
 
 
 def store_arrays(

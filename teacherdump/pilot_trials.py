@@ -21,6 +21,7 @@ from storage.encodings import Dense, Encoding, Hidden, Sample, TopK
 from storage.encodings.sample import uniforms
 from storage.errors import TeacherError
 from storage.manifest import Compressor, store_arrays
+from storage.scan.reencoding import shortened
 from storage.sequences import ROW_ARRAYS
 from studenttrain.heads import Head
 from teacherdump.config import DumpConfig
@@ -29,7 +30,6 @@ from teacherdump.dump import Job, ReadBatch
 from teacherdump.plan import choose_layout
 from teacherdump.rescoring import is_given, parts_of, speak
 from teacherdump.sparsify import TeacherRows, build_sparsify
-from teacherdump.transcode import shortened
 
 CHUNK_OVERHEAD = CRC_BYTES + 16  # bytes of a chunk beside what is in it: its checksum, and its place in the index
 

@@ -7,34 +7,27 @@ refused: a store can be made smaller, never richer. From dense or hidden rows th
 row is cut on the host, since any k' < k is a prefix of it. torch is imported only where there are logits.
 """
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
-
-from storage.arrays import STATUS_OK, Array, Arrays
+from storage.arrays import Array, Arrays
 from storage.encodings import Dense, Encoding, Hidden, Sample, TopK
-from storage.encodings.dense import loaded_values, stored_values
 from storage.encodings.sample import uniforms
-from storage.encodings.statistics import logsumexp
 from storage.encodings.values import ValueType
-from storage.errors import DamageError, MismatchError, NotSealedError
+from storage.errors import MismatchError, NotSealedError
 from storage.exclusive import sole_run
 from storage.manifest import Compressor, Manifest, store_arrays
 from storage.reader import Store, open_one_store
-from storage.records import Seal
 from storage.scan import check_target
-from storage.scan.passes import Progress, blocks
-from storage.sequences import ROW_ARRAYS, flatten_positions
+from storage.scan.passes import Progress
+from storage.scan.reencoding import Reencode, reencoded, shortened
 from storage.writer import StoreWriter
 from teacherdump.config import ENCODINGS, EncodingName
 from teacherdump.plan import choose_layout
 
 FINENESS: tuple[ValueType, ...] = ("uint8", "float16", "float32")  # what a value is stored in, the coarsest first
-KEPT_STATISTICS = ("max_logit", "entropy", "hard_target_logprob")  # exact in the source, whatever its values are
 REACHABLE: Mapping[str, tuple[str, ...]] = {
     "dense": ("dense", "topk", "sample"),
     "hidden": ("hidden", "dense", "topk", "sample"),
@@ -46,9 +39,6 @@ LACKS = {
     "topk": "the classes that it did not keep are not in it",
     "sample": "its draws say nothing of what was not drawn",
 }
-
-Reencode = Callable[[Arrays, Array], dict[str, Array]]
-"""Flat arrays of the source and their rows in the store to flat arrays of the target, statistics included."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +141,9 @@ def transcode(
             for shard in store.sealed_shards():
                 seal = store.seal(shard)
                 if shard in owed:
-                    writer.write_shard(shard, transcoded_shard(store, seal, manifest, reencode), seal.quarantine)
+                    writer.write_shard(
+                        shard, reencoded(store, seal.start, seal.stop, manifest, reencode), seal.quarantine
+                    )
                 advance(seal.stop - seal.start)
             written = writer.finalize(partial=True, progress=advance)
             num_bytes = writer.store.backend.num_bytes()
@@ -301,116 +293,7 @@ def _build_reencode(store: Store, encoding: Encoding, temperatures: Sequence[flo
         uniform_R = None
         if isinstance(encoding, Sample):
             num_positions = 1 if there.sequences is None else there.sequences.num_positions
-            uniform_R = uniforms(encoding.seed, rows_N, num_positions)
+            uniform_R = uniforms(encoding.seed, rows_N + there.first_row, num_positions)
         return given(flat, uniform_R)
 
     return reencode
-
-
-def shortened(
-    flat: Arrays, declared: Sequence[float], encoding: TopK, temperatures: Sequence[float]
-) -> dict[str, Array]:
-    """Topk rows with fewer entries, or coarser values: a prefix, and a tail that what was dropped is added to.
-
-    log_tail' = logaddexp(log_tail, logsumexp over what was dropped of v / T - lse). Source: `storage/FORMAT.md`.
-
-    Args:
-        flat: a topk store's arrays (R, ...).
-        declared: temperatures of that store.
-        encoding: with no more entries, and values no finer.
-        temperatures: some of those declared.
-    """
-    k, stored_RK = encoding.k, flat["values"]
-    values_RK = loaded_values(flat)
-    kept = {"ids": flat["ids"][:, :k]}
-    if stored_RK.dtype == encoding.values:  # as they are: to quantise once more would move them once more
-        kept |= {name: flat[name] if name == "value_range" else stored_RK[:, :k] for name in _value_names(encoding)}
-    else:
-        kept |= stored_values(values_RK[:, :k], encoding.values)
-    columns = [list(declared).index(temperature) for temperature in temperatures]
-    lse_RT = flat["lse"][:, columns]
-    tails = []
-    for column, temperature in zip(columns, temperatures, strict=True):
-        dropped_R = logsumexp(values_RK[:, k:].astype(np.float64) / temperature) - flat["lse"][:, column]
-        tails.append(np.logaddexp(flat["log_tail"][:, column], dropped_R))
-    return kept | {"lse": lse_RT, "log_tail": np.stack(tails, 1).astype(np.float32)}
-
-
-def _value_names(encoding: TopK) -> tuple[str, ...]:
-    return ("values", "value_range") if encoding.values == "uint8" else ("values",)
-
-
-def transcoded_shard(store: Store, seal: Seal, manifest: Manifest, reencode: Reencode) -> dict[str, Array]:
-    """The arrays of a shard in the new encoding.
-
-    Args:
-        store: the source.
-        seal: of the shard; what is read is held against it.
-        manifest: of the target.
-        reencode: what makes the new arrays.
-
-    Raises:
-        DamageError: the shard is not what was sealed.
-        MismatchError: a row can't be kept in the new encoding.
-    """
-    there, start = store.manifest, seal.start
-    found = {spec.name: np.empty((seal.stop - start, *spec.row_shape), spec.dtype) for spec in manifest.arrays}
-    names = [spec.name for spec in there.arrays]
-    running = {name: hashlib.sha256() for name in names}
-    for block in blocks(there, seal.shard):
-        arrays = store.read(names, block.start, block.stop)
-        for name, values in arrays.items():
-            running[name].update(np.ascontiguousarray(values).data.cast("B"))
-        new = _reencoded_rows(there, manifest, arrays, np.arange(block.start, block.stop), reencode)
-        for name, values in new.items():
-            found[name][block.start - start : block.stop - start] = values
-    for name, state in running.items():
-        if state.hexdigest() != seal.arrays.get(name):
-            raise DamageError(
-                f"{store.path}: array {name!r}, shard {seal.shard}: expected the sealed sha256 to hold, got another; "
-                "transcode another copy of the store",
-                shard=seal.shard,
-                array=name,
-            )
-    return found
-
-
-def _reencoded_rows(
-    there: Manifest, manifest: Manifest, arrays: Mapping[str, Array], rows_N: Array, reencode: Reencode
-) -> dict[str, Array]:
-    """All arrays of the target for some rows: what is as it was, and what was made anew.
-
-    `lse` is that of the values which the new arrays are made of, so that a row sums to one as it did in the source; of
-    float32 values that is bit for bit the teacher's.
-    """
-    flat = flatten_positions(there.sequences, arrays)
-    is_refused_N = arrays["status"] != STATUS_OK
-    with np.errstate(invalid="ignore", over="ignore"):  # rows without targets hold NaN
-        new = reencode(flat, rows_N)
-    new |= {name: flat[name] for name in KEPT_STATISTICS if name in flat}
-    if isinstance(manifest.encoding, Hidden):  # no reader takes it for the sum of what is kept
-        for column, temperature in enumerate(manifest.temperatures):
-            if temperature in there.temperatures:
-                new["lse"][:, column] = flat["lse"][:, there.temperatures.index(temperature)]
-    found = {}
-    for spec in manifest.arrays:
-        if spec.name in ROW_ARRAYS:
-            found[spec.name] = arrays[spec.name]
-            continue
-        values = np.empty((len(rows_N), *spec.row_shape), spec.dtype)
-        values[...] = new[spec.name].reshape(values.shape)
-        values[is_refused_N] = spec.fill_value
-        found[spec.name] = values
-    _refuse_infinite(manifest, found, rows_N, is_refused_N)
-    return found
-
-
-def _refuse_infinite(manifest: Manifest, arrays: Arrays, rows_N: Array, is_refused_N: Array) -> None:
-    if not isinstance(manifest.encoding, Hidden):
-        return
-    is_finite_N = np.isfinite(arrays["hidden"]).reshape(len(rows_N), -1).all(1) | is_refused_N
-    if not is_finite_N.all():
-        row = int(rows_N[~is_finite_N][0])
-        raise MismatchError(
-            f"row {row}: expected a hidden state that float16 holds, got a larger one; leave its values float32"
-        )
