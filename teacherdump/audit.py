@@ -17,7 +17,7 @@ from torch import Tensor
 
 from storage.arrays import STATUS_OK, Array
 from storage.console import Pass
-from storage.corpus import Corpus, Preprocess, open_corpus
+from storage.corpus import Corpus, Preprocess, open_corpus, rows_of_store
 from storage.corpus.defaults import check_preprocess
 from storage.encodings import Hidden, encoding_from_json
 from storage.errors import CorpusMismatchError, MismatchError, NotSealedError
@@ -160,6 +160,7 @@ def _open_corpus(store: Store, config: DumpConfig, rows_N: NDArray[np.int64]) ->
                 f"{store.path}: expected the tokenizer that it was made with ({there[:12]}), got another "
                 f"({here[:12]}); give --tokenizer that one"
             )
+    corpus = rows_of_store(store, corpus)
     if rows_N[-1] >= corpus.num_samples:
         raise CorpusMismatchError(
             f"{store.path}: expected {manifest.num_rows} samples, got {corpus.num_samples} in the corpus "

@@ -7,7 +7,7 @@ reads rows; `verify_corpus` holds a corpus against the store that was made from 
 
 from storage.corpus.defaults import check_preprocess, default_preprocess
 from storage.corpus.files import FileEntry, list_files
-from storage.corpus.matching import check_digests, verify_corpus, verify_hard_targets
+from storage.corpus.matching import check_digests, rows_of_store, verify_corpus, verify_hard_targets
 from storage.corpus.opening import CORPUS_KINDS, open_corpus
 from storage.corpus.preprocess import Preprocess
 from storage.corpus.protocol import Corpus, SampleError
@@ -34,6 +34,7 @@ __all__ = [
     "load_tokenizer",
     "open_corpus",
     "read_batch",
+    "rows_of_store",
     "sample_digest",
     "sample_digests",
     "verify_corpus",

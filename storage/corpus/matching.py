@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from storage.corpus.protocol import Corpus
 from storage.corpus.reading import sample_digests
+from storage.corpus.without import rows_from
 from storage.errors import CorpusMismatchError, MismatchError
 
 if TYPE_CHECKING:
@@ -66,6 +67,25 @@ def check_digests(
     else:
         guess = "the sample was replaced, or the order changed"
     raise CorpusMismatchError(_differs(where, row, corpus, int(stored_M[lowest]), int(digest), guess))
+
+
+def rows_of_store(store: "Store", corpus: Corpus) -> Corpus:
+    """The samples that a store's rows are of: the corpus, or some rows of it where the store is a part of another.
+
+    Raises:
+        CorpusMismatchError: the store is a part, and the corpus has another number of samples than its manifest says.
+    """
+    manifest = store.manifest
+    if not manifest.is_part:
+        return corpus
+    first, total = manifest.first_row, manifest.corpus.get("num_samples")
+    if corpus.num_samples != total or first + manifest.num_rows > corpus.num_samples:
+        raise CorpusMismatchError(
+            f"{store.path}: expected a corpus of {total} samples, of which the store has {first} to "
+            f"{first + manifest.num_rows - 1}, got {corpus.num_samples} in the corpus '{corpus.path}'; use the corpus "
+            "that the store was made from"
+        )
+    return rows_from(corpus, first, manifest.num_rows)
 
 
 def verify_corpus(

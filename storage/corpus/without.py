@@ -1,4 +1,4 @@
-"""A corpus without some of its rows, such as those whose samples are in another store already.
+"""A corpus without some of its rows: those whose samples are in another store already, or all but a range.
 
 Legend: M rows that are left out.
 """
@@ -13,7 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.corpus.part import CorpusPart, part_of
-from storage.corpus.protocol import Array, Corpus, ReadsRows, SampleError, SampleKind, Samples, check_row, read_raws
+from storage.corpus.protocol import (
+    Array,
+    Corpus,
+    ReadsRows,
+    SampleError,
+    SampleKind,
+    Samples,
+    check_range,
+    check_row,
+    read_raws,
+)
 from storage.errors import CorpusError
 
 
@@ -109,7 +119,13 @@ class _Whole(Kept):
         hard_targets = self._corpus.hard_targets
         if hard_targets is None:
             return None
-        return np.delete(hard_targets, self.shift_M + np.arange(len(self.shift_M)))
+        stop = self.first + self.num_samples + len(self.shift_M)
+        return np.delete(hard_targets[self.first : stop], self.shift_M + np.arange(len(self.shift_M)))
+
+    @property
+    def whole(self) -> Corpus:
+        """The corpus with all its rows."""
+        return whole_corpus(self._corpus)
 
     @property
     def num_ignored(self) -> int:
@@ -163,6 +179,24 @@ def without_rows(corpus: Corpus, rows: "NDArray[np.int64] | set[int]") -> Corpus
     if isinstance(corpus, ReadsRows):
         return RowsWithout(corpus, num_samples, fingerprint, 0, shift_M, corpus.row_bytes)
     return CorpusWithout(corpus, num_samples, fingerprint, 0, shift_M)
+
+
+def rows_from(corpus: Corpus, first: int, num_samples: int) -> Corpus:
+    """Rows [first, first + num_samples) of a corpus as a corpus of their own; its fingerprint stays that of the whole.
+
+    Raises:
+        ValueError: rows that the corpus does not have.
+    """
+    check_range(first, first + num_samples, corpus.num_samples)
+    none_M = np.zeros(0, np.int64)
+    if isinstance(corpus, ReadsRows):
+        return RowsWithout(corpus, num_samples, corpus.fingerprint, first, none_M, corpus.row_bytes)
+    return CorpusWithout(corpus, num_samples, corpus.fingerprint, first, none_M)
+
+
+def whole_corpus(corpus: Corpus) -> Corpus:
+    """The corpus that some rows were taken of; itself, where it is whole."""
+    return corpus.whole if isinstance(corpus, _Whole) else corpus
 
 
 def _kept(
