@@ -1,6 +1,7 @@
 """What a run of `teacherdump` is asked to do: one frozen value, checked when it is built. No torch here."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -18,6 +19,9 @@ Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 COMBINES: tuple[str, ...] = get_args(Combine)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENCODINGS: tuple[str, ...] = get_args(EncodingName)
+# What stops a run that looks broken; `teacherdump.alarms` says by which signs.
+ALARMS = ("undecodable", "not-finite", "constant", "flat", "collapsed", "one-class", "saturated")
+ALL_ALARMS = "all"
 DEFAULT_TEMPERATURES = (1.0, 2.0, 4.0)
 DEFAULT_TEMPERATURES_OF_TOKENS = (1.0,)  # of sequences, and of draws, which are taken at one
 
@@ -74,6 +78,16 @@ class DumpConfig:
         vocab_size: entries of the vocabulary, where no tokenizer says it; what the teacher's output has behind them is
             cut off.
         store_tokens: whether the tokens are kept beside the targets, so that a student needs no corpus.
+        run_log: file to which a line of JSON is added for each shard; `none` writes none; None is `OUT.log.jsonl`
+            beside a local store, and none beside one at a URL.
+        metrics_port: on which the run gives figures to Prometheus, 0 to 65535; 0 takes a free one; None gives none.
+        metrics_host: address of this machine that it listens at; None is 127.0.0.1, for this machine alone.
+        no_alarms: names of alarms that are off, or `all`.
+        max_quarantined: share of the rows, 0 to 1, that this run may refuse; None for any.
+        wait_for_room: hours that a run waits for room on a full disk, at least 0.
+        workers: processes of this machine that dump, one CUDA device each where there are such; None dumps in the
+            process itself.
+        scheduler: address of a Dask cluster that dumps, such as `tcp://host:8786`; None takes none.
 
     Raises:
         ValueError: an option is out of range, contradicts another, or would be ignored.
@@ -121,12 +135,20 @@ class DumpConfig:
     text_field: str | None = None
     vocab_size: int | None = None
     store_tokens: bool = True
+    run_log: str | None = None
+    metrics_port: int | None = None
+    metrics_host: str | None = None
+    no_alarms: tuple[str, ...] = ()
+    max_quarantined: float | None = None
+    wait_for_room: float = 1.0
+    workers: int | None = None
+    scheduler: str | None = None
 
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError("model: expected at least one, got none; give --model")
         self._check_choices()
-        for name in ("batch_size", "limit_samples", "limit_bytes", "shard_rows", "chunk_rows", "readers"):
+        for name in ("batch_size", "limit_samples", "limit_bytes", "shard_rows", "chunk_rows", "readers", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -138,6 +160,8 @@ class DumpConfig:
             )
         self._check_encoding()
         self._check_sequences()
+        self._check_watching()
+        self._check_cluster()
         given = self.temperatures or self._default_temperatures()
         object.__setattr__(self, "temperatures", tuple(sorted({float(value) for value in given})))
         if any(not 0 < value < math.inf for value in self.temperatures):
@@ -179,6 +203,52 @@ class DumpConfig:
                 )
         if not self.store_tokens:
             raise ValueError("store_tokens: expected a corpus of tokens, got no --sequence-length; leave it out")
+
+    def _check_watching(self) -> None:
+        """What watches a run, and what stops it."""
+        for name in self.no_alarms:
+            if name not in (*ALARMS, ALL_ALARMS):
+                raise ValueError(
+                    f"no_alarms: expected {', '.join(ALARMS)} or {ALL_ALARMS}, got {name!r}; give one of these"
+                )
+        if self.max_quarantined is not None and not 0 <= self.max_quarantined <= 1:
+            raise ValueError(f"max_quarantined: expected a share from 0 to 1, got {self.max_quarantined}")
+        if not 0 <= self.wait_for_room < math.inf:
+            raise ValueError(f"wait_for_room: expected hours, 0 or more, got {self.wait_for_room}")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise ValueError(f"metrics_port: expected 0 to 65535, got {self.metrics_port}")
+        if self.metrics_host is not None and self.metrics_port is None:
+            raise ValueError(
+                f"metrics_host: expected metrics_port beside it, got {self.metrics_host!r} alone; give --metrics-port"
+            )
+
+    def _check_cluster(self) -> None:
+        """Who dumps."""
+        if self.workers is not None and self.scheduler is not None:
+            raise ValueError(
+                f"workers: expected none beside a scheduler, whose cluster has its own, got {self.workers}; leave "
+                "--workers or --scheduler out"
+            )
+        if self.scheduler is not None and not re.match(r"(tcp|tls|ws|wss|ucx)://[^/]", self.scheduler):
+            raise ValueError(
+                f"scheduler: expected an address such as tcp://host:8786, got {self.scheduler!r}; `dask scheduler` "
+                "prints it"
+            )
+        if self.is_on_cluster and self.device.startswith("cuda:"):
+            raise ValueError(
+                f"device: expected auto, cpu or cuda with several workers, each of which has one device, got "
+                f"{self.device}; say which devices with CUDA_VISIBLE_DEVICES"
+            )
+
+    @property
+    def is_on_cluster(self) -> bool:
+        """Whether workers dump, not the process itself."""
+        return self.workers is not None or self.scheduler is not None
+
+    @property
+    def alarms(self) -> tuple[str, ...]:
+        """Names of the alarms that are on."""
+        return () if ALL_ALARMS in self.no_alarms else tuple(name for name in ALARMS if name not in self.no_alarms)
 
     @property
     def sequence_options(self) -> SequenceOptions | None:
