@@ -21,6 +21,7 @@ from storage.manifest import Manifest
 from storage.urls import is_url
 from storage.writer import StoreWriter
 from teacherdump.cluster_drive import WAIT_S, Drive
+from teacherdump.cluster_pilot import pilot_on_workers
 from teacherdump.cluster_team import Done, Left, Team, checked, is_death
 from teacherdump.cluster_work import (
     Card,
@@ -171,6 +172,7 @@ def dump_on_workers(
     )
     card = card_of(job.source, job.teacher, writer)
     fit = check_all(job.team, card)
+    pilot_on_workers(job.team, plan, job.source.corpus, is_stopped, job.say)
     drive = Drive(
         job.team,
         job.source.corpus,

@@ -1,7 +1,5 @@
 """The driver's loop: who gets which shard, and what becomes of the shards of a worker that died."""
 
-import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,7 +22,7 @@ from teacherdump.cluster_team import (
     checked,
     is_death,
 )
-from teacherdump.cluster_work import Card, Dropped, Failure, Plan, check_worker, dump_part, score_part, stop_run
+from teacherdump.cluster_work import Card, Dropped, Failure, Plan, check_worker, dump_part, score_part
 from teacherdump.report import ShardReport
 from teacherdump.room import Room
 from teacherdump.source import Say
@@ -82,7 +80,7 @@ class Drive:
             for event in self.team.next_events(WAIT_S):
                 self._handle(event)
         limit = time.monotonic() + GRACE_S
-        self._stop_workers()
+        self.team.stop(self.plan.run)
         while any(flight.piece for flight in self.flights.values()) and time.monotonic() < limit:
             for event in self.team.next_events(WAIT_S):
                 self._handle(event)
@@ -90,17 +88,8 @@ class Drive:
     def drop(self) -> None:
         """Let go of what is in flight; what a worker seals all the same harms nobody."""
         if self.flights:
-            self._stop_workers()
+            self.team.stop(self.plan.run)
             self.team.client.cancel([flight.future for flight in self.flights.values()])
-
-    def _stop_workers(self) -> None:
-        client = self.team.client
-
-        async def tell() -> None:
-            with contextlib.suppress(Exception):  # a worker that is gone needs no word
-                await client.run(stop_run, self.plan.run, on_error="ignore")
-
-        asyncio.run_coroutine_threadsafe(tell(), client.loop.asyncio_loop)
 
     def _wait_for_room(self, is_stopped: Callable[[], bool]) -> None:
         """Hand out nothing while the disk is full; what did not fit is done again.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from storage.errors import StoreError
-from teacherdump.cluster_work import Failure
+from teacherdump.cluster_work import Failure, stop_run
 
 SHARDS_IN_FLIGHT = 2  # of a worker: one is read or written while the other is in the teacher
 FIRST_WORKER_S = 60.0  # until a worker must be there
@@ -131,6 +131,15 @@ class Team:
         asyncio.run_coroutine_threadsafe(fetch(), self.client.loop.asyncio_loop)
         return str(key), future
 
+    def stop(self, run: str) -> None:
+        """Tell the workers to drop the shards of a run that are in work; waits for nobody."""
+
+        async def tell() -> None:
+            with contextlib.suppress(Exception):  # a worker that is gone needs no word
+                await self.client.run(stop_run, run, on_error="ignore")
+
+        asyncio.run_coroutine_threadsafe(tell(), self.client.loop.asyncio_loop)
+
     def next_events(self, timeout_s: float) -> list[Event]:
         """What happened since, what tasks gave first; waits for something at most so long.
 
@@ -149,8 +158,8 @@ class Team:
             raise scheduler_is_gone()
         return sorted(found, key=lambda event: not isinstance(event, Done))
 
-    def ask(self, call: Callable[..., object], *args: object) -> Any:
-        """What a task gives on any worker; on another one where the first dies.
+    def ask(self, call: Callable[..., object], *args: object, is_stopped: Callable[[], bool] = lambda: False) -> Any:
+        """What a task gives on any worker; on another one where the first dies; None once someone stops.
 
         Raises:
             StoreError: what the task could not do.
@@ -159,7 +168,7 @@ class Team:
         for _ in range(NUM_TRIES):
             address = self.wait_for_one()
             key, future = self.submit(call, *args, address=address)
-            value, is_dead = self._wait_for(key, address)
+            value, is_dead = self._wait_for(key, address, is_stopped)
             future.release()
             if not is_dead:
                 return value
@@ -191,9 +200,9 @@ class Team:
                 self.names.pop(event.address, None)
         return events
 
-    def _wait_for(self, key: str, address: str) -> tuple[Any, bool]:
+    def _wait_for(self, key: str, address: str, is_stopped: Callable[[], bool]) -> tuple[Any, bool]:
         """What a task gave, and whether its worker died instead."""
-        while True:
+        while not is_stopped():
             for event in self.wait(0.2):
                 if isinstance(event, Done) and event.key == key:
                     if event.error is not None and is_death(event.error):
@@ -201,6 +210,7 @@ class Team:
                     return checked(event, self.name(address)), False
             if address not in self.names:
                 return None, True
+        return None, False
 
 
 def checked(event: Done, worker: str) -> Any:

@@ -20,7 +20,7 @@ from storage.backends import backend_for
 from storage.backends.zarr3 import seal_name
 from storage.corpus import Preprocess, read_batch, sample_digest
 from storage.corpus.part import CorpusPart
-from storage.corpus.protocol import SampleError
+from storage.corpus.protocol import SampleError, Samples
 from storage.errors import CorpusMismatchError, MismatchError, PathError, StoreError, TeacherError
 from storage.reader import Store
 from storage.records import MANIFEST, sha256
@@ -213,7 +213,7 @@ class _UntilStopped:
 
     def advance(self, count: int) -> None:
         del count
-        if self._run in _BENCH.stopped:
+        if is_dropped(self._run):
             raise _StoppedError
 
     def note(self, text: str) -> None:
@@ -230,6 +230,21 @@ def dask_setup(worker: object) -> None:
 def stop_run(run: str) -> None:
     """Drop the shards of a run that are in work, between two batches."""
     _BENCH.stopped.add(run)
+
+
+def is_dropped(run: str) -> bool:
+    """Whether a run was asked to stop."""
+    return run in _BENCH.stopped
+
+
+def writer_of(plan: Plan) -> StoreWriter:
+    """The store, open for writing in this process."""
+    return _BENCH.writer(plan)
+
+
+def turn() -> threading.Lock:
+    """What whoever uses the teacher of this process holds."""
+    return _BENCH.turn
 
 
 def versions() -> tuple[tuple[str, str | None], ...]:
@@ -326,7 +341,7 @@ def dump_part(plan: Plan, piece: Piece, part: CorpusPart) -> ShardReport:
     writer = _BENCH.writer(plan)
     if writer.store.backend.get_record(seal_name(piece.shard)) is not None:
         return _of_seal(writer, piece.shard)
-    job = _job(plan, writer, part)
+    job = job_of(plan, part)
     report = dump_shard(job, writer, piece.shard, _UntilStopped(plan.run), dict(piece.without), _BENCH.turn)
     return replace(report, worker=_name())
 
@@ -343,7 +358,7 @@ def score_part(plan: Plan, piece: Piece, part: CorpusPart) -> None:
     from teacherdump.dump import read_rows, sparsified
     from teacherdump.sparsify import build_sparsify, copy_to_host
 
-    job, bar = _job(plan, _BENCH.writer(plan), part), _UntilStopped(plan.run)
+    job, bar = job_of(plan, part), _UntilStopped(plan.run)
     manifest, without = job.manifest, dict(piece.without)
     sparsify = build_sparsify(manifest.encoding, manifest.temperatures)
     with ThreadPoolExecutor(job.num_readers, "reader") as pool:
@@ -358,13 +373,17 @@ def score_part(plan: Plan, piece: Piece, part: CorpusPart) -> None:
             bar.advance(stop - start)
 
 
-def _job(plan: Plan, writer: StoreWriter, part: CorpusPart) -> "Job":
+def job_of(plan: Plan, samples: Samples) -> "Job":
+    """What samples are dumped from in this process."""
     from teacherdump.dump import Job
 
+    writer = _BENCH.writer(plan)
     num_readers = plan.num_readers or min(MOST_READERS, os.cpu_count() or 1)
     preprocess = Preprocess.from_json(writer.manifest.preprocess)
     teacher = _BENCH.teacher(plan.teacher)
-    return Job(part, preprocess, teacher, writer.manifest, plan.batch_size, num_readers, head=None, alarms=plan.alarms)
+    return Job(
+        samples, preprocess, teacher, writer.manifest, plan.batch_size, num_readers, head=None, alarms=plan.alarms
+    )
 
 
 def _name() -> str:
