@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 
 from storage.arrays import Array, ArraySpec
-from storage.backends import Backend, backend_for
+from storage.backends import Backend, IsFarAway, backend_for, holding
 from storage.backends.mapped import read_scattered
 from storage.backends.zarr3 import seal_name
 from storage.encodings import HeadArrays, Hidden
@@ -158,6 +158,8 @@ class Store:
             raise DamageError(f"{where}: expected objects of the store's arrays, got others", shard=shard)
         if any(not seal.start <= entry.row < seal.stop for entry in seal.quarantine):
             raise DamageError(f"{where}: expected a quarantine of the shard's own rows, got others", shard=shard)
+        if isinstance(self.backend, IsFarAway):
+            self.backend.know_objects(shard, seal.objects)
         return seal
 
     def quarantine(self) -> list[QuarantineEntry]:
@@ -246,11 +248,13 @@ class Store:
             DamageError: something does not hold.
         """
         seal = self.seal(shard)
-        self.check_objects(seal)
-        for spec in self.manifest.arrays:
-            values = self.backend.read(spec.name, shard, seal.start, seal.stop)
-            if array_digests({spec.name: values})[spec.name] != seal.arrays.get(spec.name):
-                raise DamageError.in_shard(self.path, spec.name, shard, None, "the sealed sha256 to hold, got another")
+        with holding(self.backend, shard):
+            self.check_objects(seal)
+            for spec in self.manifest.arrays:
+                values = self.backend.read(spec.name, shard, seal.start, seal.stop)
+                if array_digests({spec.name: values})[spec.name] != seal.arrays.get(spec.name):
+                    expected = "the sealed sha256 to hold, got another"
+                    raise DamageError.in_shard(self.path, spec.name, shard, None, expected)
         return seal
 
     def check_objects(self, seal: Seal) -> None:

@@ -111,14 +111,15 @@ def s3_server() -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+def s3(s3_server: S3Server) -> Iterator[S3Server]:
     """The server, with the environment that leads to it."""
-    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]:
-        monkeypatch.delenv(name)
-    for name, value in s3_server.environment.items():
-        monkeypatch.setenv(name, value)
-    yield s3_server
-    s3_server.ask(cut=0, fail=0, slow_s=0)
+    with pytest.MonkeyPatch.context() as environment:  # its own: a test may undo the one that it asks for
+        for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]:
+            environment.delenv(name)
+        for name, value in s3_server.environment.items():
+            environment.setenv(name, value)
+        yield s3_server
+        s3_server.ask(cut=0, fail=0, slow_s=0)
 
 
 class Faults:

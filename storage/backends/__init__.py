@@ -1,22 +1,38 @@
-"""Where a store's bytes lie: Zarr v3, HDF5, or memory, behind one small protocol.
+"""Where a store's bytes lie: Zarr v3 on a disk or at a URL, HDF5, or memory, behind one small protocol.
 
 A backend knows arrays, shards and named records. It does not know what a seal says: `storage.writer` and
 `storage.reader` do.
 """
 
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from storage.arrays import Array
+from storage.backends.cache import CacheSettings
 from storage.backends.hdf5 import Hdf5Backend
 from storage.backends.memory import MemoryBackend
+from storage.backends.remote import RemoteBackend
 from storage.backends.zarr3 import ZarrBackend
 from storage.errors import PathError
 from storage.manifest import Manifest
+from storage.remote import open_place
+from storage.urls import checked_url, is_url
 
-__all__ = ["Backend", "Hdf5Backend", "MemoryBackend", "ZarrBackend", "backend_for"]
+__all__ = [
+    "Backend",
+    "CacheSettings",
+    "Hdf5Backend",
+    "IsFarAway",
+    "MemoryBackend",
+    "RemoteBackend",
+    "SealsShards",
+    "ZarrBackend",
+    "backend_for",
+    "holding",
+]
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
 
@@ -94,14 +110,74 @@ class Backend(Protocol):
         """Give files back."""
 
 
-def backend_for(path: str | Path) -> Backend:
-    """The backend that a path's suffix asks for: `.h5` and `.hdf5` HDF5, else Zarr.
+@runtime_checkable
+class SealsShards(Protocol):
+    """A backend without locks, whose shards are written and sealed in one, so that one of several writers wins."""
+
+    def seal_shard(
+        self, shard: int, arrays: Mapping[str, Array], seal_of: Callable[[Mapping[str, Mapping[str, Any]]], bytes]
+    ) -> bool:
+        """Write a shard durably and create the seal that is made of its objects; False where another's is there."""
+
+
+@runtime_checkable
+class IsFarAway(Protocol):
+    """A backend whose every read is a request over a network, so that few and large ones pay."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of objects that came from there so far."""
+
+    def know_objects(self, shard: int, objects: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take sizes and digests of a shard's objects from its seal."""
+
+    def each(self, do: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """What a function gives for each of some things, in order, side by side; not from inside such a function."""
+
+    def holding(self, shard: int) -> AbstractContextManager[None]:
+        """All objects of a shard in memory, so that whoever hashes them and reads their rows gets them only once."""
+
+    def read_windows(
+        self,
+        ranges: Sequence[tuple[int, int]],
+        outs: Mapping[str, Array],
+        positions: Array,
+        is_stopped: Callable[[], bool],
+    ) -> None:
+        """Read ranges of rows of several arrays into their places."""
+
+    def keys(self) -> list[str] | None:
+        """Keys of all objects; None where they can't be listed."""
+
+
+def holding(backend: Backend, shard: int) -> AbstractContextManager[None]:
+    """What to read a whole shard in, more than once: nothing where it is near."""
+    return backend.holding(shard) if isinstance(backend, IsFarAway) else nullcontext()
+
+
+def backend_for(path: str | Path, cache: CacheSettings | None = None) -> Backend:
+    """The backend that a path asks for: a URL object storage, `.h5` and `.hdf5` HDF5, else Zarr.
+
+    Args:
+        path: a path, or a URL as text.
+        cache: for a store at a URL, where pieces of its objects are kept; None keeps none.
 
     Raises:
-        PathError: the path is a URL.
+        PathError: a URL that can't be used, or that of an HDF5 file.
+        RemoteError: the library for URLs is not installed.
+        ValueError: a cache for a store that is on this machine.
     """
-    if "://" in str(path):
-        raise PathError(f"{path}: expected a local path, got a URL; give a path on this machine")
+    if is_url(path):
+        if str(path).rstrip("/").lower().endswith(HDF5_SUFFIXES):
+            raise PathError(
+                f"{checked_url(str(path))}: expected a Zarr store at a URL, got the name of an HDF5 file, which needs "
+                "a disk; use a name that ends in .zarr, or work on a local copy: logitstore copy"
+            )
+        return RemoteBackend(open_place(str(path)), cache)
+    if re.match(r"[a-z0-9]+:/[^/]", str(path)) and isinstance(path, Path):
+        raise PathError(f"{path}: expected a URL as text, got it as a path, which lost a slash; give a str")
+    if cache is not None:
+        raise ValueError(f"cache: expected a store at a URL, got {str(path)!r}, which is here; leave the cache out")
     path = Path(path)
     if path.suffix.lower() in HDF5_SUFFIXES:
         return Hdf5Backend(path)

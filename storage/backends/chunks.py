@@ -77,6 +77,10 @@ class ShardChunks:
         """The error of this array and shard; `expected` goes on as `expected ..., got ...`."""
         return DamageError.in_shard(self.where, self.spec.name, self.shard, chunk, expected)
 
+    def absent(self, chunk: int) -> DamageError:
+        """The error of a chunk that the index says is not there."""
+        return self.damage(chunk, "a chunk, got none")
+
     def index(self, source: Source, num_bytes: int) -> Array:
         """Offset and length of every chunk, uint64 (chunks, 2), the index's own checksum checked.
 
@@ -116,7 +120,7 @@ class ShardChunks:
         rows = values.view(np.uint8)
         index = index[low : low + len(rows)]
         for absent in np.flatnonzero(index[:, 0] == NO_CHUNK):
-            raise self.damage(low + int(absent), "a chunk, got none")
+            raise self.absent(low + int(absent))
         if self.manifest.compressor == "none":
             self._read_plain(source, low, rows, index)
             return

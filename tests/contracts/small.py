@@ -1,5 +1,6 @@
 """Small stores of every kind for the contract suite."""
 
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from storage.arrays import STATUS_NOT_FINITE, STATUS_OK, STATUS_UNDECODABLE, Array
-from storage.backends import Backend, Hdf5Backend, MemoryBackend, ZarrBackend
+from storage.backends import Backend, Hdf5Backend, MemoryBackend, RemoteBackend, ZarrBackend
 from storage.encodings import Dense, Encoding, Sample, TopK
 from storage.manifest import Manifest
 from storage.records import QuarantineEntry
+from storage.remote import open_place
 from storage.writer import StoreWriter
+from tests.s3 import BUCKET
 from tests.storage.soft_targets import (
     encode_rows,
     head_for,
@@ -24,6 +27,7 @@ from tests.storage.soft_targets import (
 
 KINDS = ("zarr-none", "zarr-zstd", "hdf5-none", "hdf5-zstd", "memory")
 ON_DISK = KINDS[:4]
+REMOTE = "s3-zstd"  # which needs the fixture `s3`
 ENCODINGS: dict[str, Encoding] = {
     "dense-float16": Dense("float16"),
     "dense-float32": Dense("float32"),
@@ -85,6 +89,9 @@ def make_backend(kind: str, folder: Path) -> Callable[[], Backend]:
         return lambda: backend
     if kind.startswith("hdf5"):
         return lambda: Hdf5Backend(path_of(kind, folder))
+    if kind == REMOTE:
+        url = f"s3://{BUCKET}/contracts/{uuid.uuid4().hex}"
+        return lambda: RemoteBackend(open_place(url), patience_s=0.5)
     return lambda: ZarrBackend(path_of(kind, folder))
 
 

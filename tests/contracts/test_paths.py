@@ -32,9 +32,14 @@ def test_a_missing_store_is_refused(suffix: str, tmp_path: Path) -> None:
         open_store(tmp_path / f"no.{suffix}")
 
 
-def test_a_url_is_refused() -> None:
-    with pytest.raises(PathError, match=r"s3://bucket/x.zarr: expected a local path, got a URL"):
-        open_store("s3://bucket/x.zarr")
+def test_a_url_of_a_hdf5_file_is_refused() -> None:
+    with pytest.raises(PathError, match=r"s3://bucket/x.h5: expected a Zarr store at a URL, got the name of an HDF5"):
+        open_store("s3://bucket/x.h5")
+
+
+def test_a_url_that_was_made_a_path_is_refused() -> None:
+    with pytest.raises(PathError, match=r"s3:/bucket/x.zarr: expected a URL as text, got it as a path, which lost"):
+        open_store(Path("s3://bucket/x.zarr"))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
