@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from storage.console import Pass, command_errors, format_bytes, format_count, format_plural, progress
+from storage.console import Pass, command_errors, format_bytes, format_count, format_plural, printable, progress
+from storage.copy_cli import copy_command
 from storage.errors import StoreError
 
 if TYPE_CHECKING:
@@ -52,7 +53,10 @@ class WithCommands(click.Group):
 @click.group(cls=WithCommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="logitstore", prog_name="logitstore")
 def main() -> None:
-    """Look at a store of soft targets, check it, finalize it, convert it."""
+    """Look at a store of soft targets, check it, finalize it, convert it, copy it."""
+
+
+main.add_command(copy_command)
 
 
 @main.command()
@@ -65,7 +69,7 @@ def info(store: Path, as_json: bool) -> None:
         from storage.info import info_text
 
         figures = describe(store)
-        click.echo(_json(figures) if as_json else info_text(figures))
+        click.echo(_json(figures) if as_json else printable(info_text(figures)))
 
 
 @main.command()
@@ -79,7 +83,7 @@ def verify(store: Path, as_json: bool, threads: int | None) -> None:
 
         with _rows_pass(store, "checking") as bar:
             result = check(store, num_workers=threads, progress=bar.advance)
-        click.echo(_json(result.to_json()) if as_json else _verify_text(result))
+        click.echo(_json(result.to_json()) if as_json else printable(_verify_text(result)))
         if not result.ok:
             raise SystemExit(1)
 
@@ -102,7 +106,7 @@ def stats(store: Path, as_json: bool, picture: Path | None, threads: int | None)
         if picture is not None:
             write_picture(figures, picture)
             click.echo(f"picture: {picture}", err=True)
-        click.echo(_json(figures.to_json()) if as_json else _stats_text(figures))
+        click.echo(_json(figures.to_json()) if as_json else printable(_stats_text(figures)))
 
 
 @main.command()

@@ -33,6 +33,9 @@ EXIT_STORE_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
+# C0 but for the line end and the tab, DEL, C1, lone surrogates, and marks of the direction of writing.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40, "pi": 2**50}
 
@@ -223,6 +226,16 @@ def parse_size(text: str) -> int:
     return size
 
 
+def printable(text: str) -> str:
+    r"""Text without what a terminal would obey: control characters, and what turns the direction of writing.
+
+    Example:
+        >>> printable("a class \x1b[2J of its own")
+        'a class \\x1b[2J of its own'
+    """
+    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 @contextlib.contextmanager
 def command_errors() -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and an exit code.
@@ -236,6 +249,9 @@ def command_errors() -> Iterator[None]:
         _fail(str(error), EXIT_STORE_ERROR)
     except ValueError as error:
         _fail(str(error), EXIT_USAGE)
+    except MemoryError as error:
+        text = f"memory: expected enough for this, got {error or 'too little'}; use smaller shards, or more memory"
+        _fail(text, EXIT_STORE_ERROR)
     except BrokenPipeError:
         # python would try to flush stdout once more on its way out
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -253,5 +269,5 @@ def command_errors() -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
     raise SystemExit(code) from None

@@ -6,6 +6,7 @@ from typing import Any
 
 from storage.console import format_bytes, format_count, format_plural
 from storage.encodings import Hidden, Sample, TopK
+from storage.manifest import FIRST_ROW
 from storage.reader import Store, open_store
 from storage.series import Series
 
@@ -107,7 +108,11 @@ def _facts(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "teacher", _joined([*_plain(teacher, "digest"), _digest("sha256", teacher.get("digest"))])
     samples = corpus.get("num_samples")
     counted = f"{format_count(samples)} samples" if isinstance(samples, int) else ""
-    others = _plain(corpus, "fingerprint", "num_samples")
+    first = corpus.get(FIRST_ROW)
+    if first is not None:
+        last = first + figures["num_rows"] - 1
+        counted = f"samples {format_count(first)} to {format_count(last)} of {counted}".removesuffix(" of ")
+    others = _plain(corpus, "fingerprint", "num_samples", FIRST_ROW)
     yield "corpus", _joined([*others, counted, _digest("fingerprint", corpus.get("fingerprint"))])
     yield "input", _joined(_named(figures["preprocess"]))
     layout = (

@@ -5,7 +5,7 @@ import errno
 import fcntl
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,8 @@ def only_one(path: Path, done: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a whole file durably, over what is there."""
+def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a whole file durably, over what is there; of several pieces one after the other."""
     make_folder(path.parent)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -132,9 +132,10 @@ def write_new(path: Path, data: bytes) -> bool:
     return True
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def _write_durably(path: Path, data: bytes | Iterable[bytes]) -> None:
     with path.open("xb") as file:
-        file.write(data)
+        for piece in (data,) if isinstance(data, bytes) else data:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
 

@@ -8,7 +8,7 @@ holds both to the same answers.
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ import zarr
 from storage.arrays import Array, ArraySpec
 from storage.backends.chunks import CRC_BYTES, FileSource, ShardChunks
 from storage.backends.files import (
+    READ_BYTES,
     clear_os_errors,
     file_digest,
     make_folder,
@@ -223,6 +224,24 @@ class ZarrBackend:
             except FileNotFoundError:
                 raise DamageError.in_shard(self.path, name, shard, None, "its object, got none") from None
         return found
+
+    def read_object(self, key: str, max_bytes: int) -> Iterator[bytes]:
+        """An object's bytes as they lie, some at a time; FileNotFoundError where there is none.
+
+        Raises:
+            DamageError: it is larger than that.
+        """
+        with os.fdopen(open_inside(self.path, self.path / key), "rb") as file:
+            check_record_size(os.fstat(file.fileno()).st_size, f"{self.path}: {key}", max_bytes)
+            while data := file.read(READ_BYTES):
+                yield data
+
+    def write_object(self, key: str, pieces: Iterable[bytes]) -> None:
+        """Write an object durably as it shall lie, over what is there."""
+        path = self.path / key
+        refuse_links(self.path, path.parent)
+        with clear_os_errors(self.path):
+            replace_file(path, pieces)
 
     def metadata_objects(self) -> dict[str, dict[str, Any]]:
         """Digests of the group's and the arrays' `zarr.json`."""

@@ -12,6 +12,7 @@ from storage.manifest import COMPRESSION, TIGHT, Manifest
 from storage.reader import Store, open_one_store
 from storage.records import array_digests
 from storage.scan.passes import Progress, fold_shards, one_at_a_time
+from storage.urls import is_url
 from storage.writer import StoreWriter
 
 CONVERTED_FROM = "converted_from"
@@ -71,23 +72,48 @@ def convert(
                 f"{source}: expected a finalized store, got one that is not; "
                 "finish the dump, or finalize at what is sealed: logitstore finalize --partial"
             )
-        manifest = _target_manifest(store, compressor)
-        check_target(Path(source), Path(target), "conversion", lambda there: _origin(there) == digest)
-        advance = one_at_a_time(progress)
-        with sole_run(target), StoreWriter.open(target, manifest, store.head()) as writer:
-            _copy(store, writer, num_workers, advance)
-            written = writer.finalize(partial=True, progress=advance)
-            if written != digest:
-                raise DamageError(
-                    f"{target}: expected the content digest {digest}, got {written}; remove it, try again"
-                )
-            num_bytes = writer.store.backend.num_bytes()
+        manifest = target_manifest(store, compressor)
+        num_bytes = rewrite(store, target, manifest, num_workers, progress)
         return ConvertResult(str(target), digest, store.num_sealed_rows, num_bytes, store.backend.num_bytes())
 
 
-def _target_manifest(store: Store, packing: Packing | None) -> Manifest:
+def rewrite(
+    store: Store, target: str | Path, manifest: Manifest, num_workers: int | None, progress: Progress | None
+) -> int:
+    """Write the sealed shards of a store into another place, and finalize that where the store is.
+
+    Returns:
+        Bytes of the target.
+    """
+    check_target(store.path, target, "conversion", lambda there: _is_of(there, store))
+    advance = one_at_a_time(progress)
+    with sole_run(target), StoreWriter.open(target, manifest, store.head()) as writer:
+        _copy(store, writer, num_workers, advance)
+        if store.content_digest is not None:
+            written = writer.finalize(partial=True, progress=advance)
+            check_digest(target, written, store.content_digest)
+        return writer.store.backend.num_bytes()
+
+
+def check_digest(target: str | Path, written: str, expected: str) -> None:
+    """Refuse a copy that says something else than it should.
+
+    Raises:
+        DamageError: it does.
+    """
+    if written != expected:
+        raise DamageError(f"{target}: expected the content digest {expected}, got {written}; remove it, try again")
+
+
+def target_manifest(store: Store, packing: Packing | None) -> Manifest:
+    """The manifest of a store that is packed otherwise, or not; its provenance says what it was made of."""
     manifest = store.manifest
-    origin = {"content_digest": store.content_digest, "name": Path(store.path).name, "compressor": manifest.compressor}
+    origin = {
+        "content_digest": store.content_digest,
+        "manifest_sha256": store.manifest_sha256,
+        "name": Path(store.path).name,
+        "compressor": manifest.compressor,
+    }
     provenance = {**manifest.provenance, CONVERTED_FROM: origin}
     provenance.pop(COMPRESSION, None)
     if packing == "zstd-max":
@@ -95,14 +121,13 @@ def _target_manifest(store: Store, packing: Packing | None) -> Manifest:
     return replace(manifest, compressor=packing or manifest.compressor, provenance=provenance)
 
 
-def _origin(manifest: Manifest) -> str | None:
-    """The content digest of the store that one was converted from; None where it was not."""
-    origin = manifest.provenance.get(CONVERTED_FROM)
-    digest = origin.get("content_digest") if isinstance(origin, dict) else None
-    return digest if isinstance(digest, str) else None
+def _is_of(there: Manifest, store: Store) -> bool:
+    """Whether a manifest is of a conversion of just that store."""
+    origin = there.provenance.get(CONVERTED_FROM)
+    return isinstance(origin, dict) and origin.get("manifest_sha256") == store.manifest_sha256
 
 
-def check_target(source: Path, target: Path, what: str, is_begun: Callable[[Manifest], bool]) -> None:
+def check_target(source: str | Path, target: str | Path, what: str, is_begun: Callable[[Manifest], bool]) -> None:
     """Refuse a target that holds anything but the beginning, or the whole, of what is being written there.
 
     Args:
@@ -115,8 +140,7 @@ def check_target(source: Path, target: Path, what: str, is_begun: Callable[[Mani
         PathError: the target is the source, or in it.
         MismatchError: the target is another store.
     """
-    inside = source.resolve()
-    if target.resolve() == inside or inside in target.resolve().parents:
+    if _is_inside(str(source), str(target)):
         raise PathError(f"{target}: expected a path outside {source}, got one in it; give another path")
     backend = backend_for(target)
     if not backend.exists():
@@ -130,6 +154,13 @@ def check_target(source: Path, target: Path, what: str, is_begun: Callable[[Mani
             raise MismatchError(
                 f"{target}: expected nothing, or this {what} begun, got another store; give another path"
             )
+
+
+def _is_inside(source: str, target: str) -> bool:
+    if is_url(source) or is_url(target):
+        return f"{target.rstrip('/')}/".startswith(f"{source.rstrip('/')}/")
+    inside, there = Path(source).resolve(), Path(target).resolve()
+    return there == inside or inside in there.parents
 
 
 def _copy(store: Store, writer: StoreWriter, num_workers: int | None, advance: Progress) -> None:

@@ -1,64 +1,82 @@
 """What lies beside the arrays: metadata that must be as it was written, a lost manifest, files of something else."""
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-import zarr
 
 from storage.backends import Backend, Hdf5Backend, ZarrBackend
-from storage.backends.files import file_digest
+from storage.backends.files import bytes_digest
 from storage.backends.hdf5 import USER_BLOCK_START
-from storage.backends.zarr3 import seal_name
+from storage.backends.zarr_objects import GROUP, metadata_keys, open_metadata, seal_name
 from storage.encodings import Hidden
 from storage.errors import DamageError
 from storage.head import HEAD_BIAS, HEAD_WEIGHT
 from storage.reader import Store
 from storage.records import FINAL, MANIFEST, Final, Seal, sha256
+from storage.untrusted import parse_json
 
 SHOWN_FILES = 10
+MAX_METADATA_BYTES = 1 << 20  # of one `zarr.json`
+
+
+@runtime_checkable
+class MovesObjects(Protocol):
+    """A backend whose objects lie by themselves, and may be moved as they are."""
+
+    def read_object(self, key: str, max_bytes: int) -> Iterator[bytes]:
+        """An object's bytes as they lie, some at a time; FileNotFoundError where there is none.
+
+        Raises:
+            DamageError: it is larger than that.
+        """
+
+    def write_object(self, key: str, pieces: Iterable[bytes]) -> None:
+        """Write an object durably as it shall lie, over what is there."""
 
 
 def check_metadata(store: Store) -> Iterator[str]:
     """What is wrong with objects that are neither of a shard nor a record: the Zarr metadata."""
-    if not isinstance(store.backend, ZarrBackend):
+    backend = store.backend
+    if not isinstance(backend, MovesObjects):
         return
-    root = store.backend.path
     expected = None if store.final is None else store.final.metadata
-    for name in ("", *(spec.name for spec in store.manifest.arrays)):
-        key = f"{name}/zarr.json".lstrip("/")
+    for key in metadata_keys(store.manifest):
         try:
-            digest = file_digest(root / key)
+            data = b"".join(backend.read_object(key, MAX_METADATA_BYTES))
         except OSError as error:
             yield f"{key}: expected the Zarr metadata, got {error.strerror}; take another copy of the store"
             continue
-        if expected is not None and expected.get(key) != digest:
+        except DamageError as error:
+            yield f"{key}: {error}"
+            continue
+        if expected is not None and expected.get(key) != bytes_digest(data):
             yield f"{key}: expected the digest in the final record to hold, got another; take another copy of the store"
             continue
-        wrong = _wrong_group(root) if not name else _wrong_array(store, name)
+        wrong = _wrong_group(data) if key == GROUP else _wrong_array(store, key.removesuffix(f"/{GROUP}"), data)
         if wrong:  # also where the digest holds: a store may have been damaged before it was finalized
             yield f"{key}: expected {wrong}; take the file from a store with the same manifest"
 
 
-def _wrong_group(root: Path) -> str:
+def _wrong_group(data: bytes) -> str:
     """What is wrong with the group's metadata; zarr-python opens some that say nothing."""
     try:
-        value = json.loads((root / "zarr.json").read_bytes())
-    except ValueError:
+        value = parse_json(data, GROUP)
+    except DamageError:
         value = None
     if not isinstance(value, dict) or (value.get("zarr_format"), value.get("node_type")) != (3, "group"):
         return "the metadata of a Zarr v3 group, got something else"
     return ""
 
 
-def _wrong_array(store: Store, name: str) -> str:
+def _wrong_array(store: Store, name: str, data: bytes) -> str:
     """What Zarr says of an array otherwise than the manifest does; empty where they agree."""
     manifest = store.manifest
     spec = next(spec for spec in manifest.arrays if spec.name == name)
     try:
-        array = zarr.open_array(Path(store.path, name), mode="r", zarr_format=3)
+        array = open_metadata(name, data)
     except Exception as error:  # noqa: BLE001 - whatever zarr-python makes of damaged metadata
         return f"metadata that opens, got {type(error).__name__}"
     found = (array.shape, array.dtype, array.chunks, array.shards)
