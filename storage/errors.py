@@ -77,6 +77,10 @@ class RemoteError(StoreError):
     """Object storage can't be reached, or refused: check the URL, the credentials and the network."""
 
 
+class AlarmError(StoreError):
+    """The run looks broken: mend what the message names, or switch the alarm off."""
+
+
 class TeacherError(StoreError):
     """The teacher is missing, pickled, or does not give logits: give another teacher."""
 

@@ -10,6 +10,8 @@ from storage.console import command_errors, parse_size, progress
 from storage.encodings.values import ValueType
 from storage.manifest import Compressor
 from teacherdump.config import (
+    ALARMS,
+    ALL_ALARMS,
     COMBINES,
     ENCODINGS,
     PRECISIONS,
@@ -138,7 +140,20 @@ _OPTIONS = (
     click.option("--chunk-rows", type=int, metavar="N", help="Rows of a chunk: what a reader takes at a time."),
     click.option("--compressor", type=_choice(Compressor), help="Default: zstd for topk, none for dense."),
     click.option("--readers", type=int, metavar="N", help="Threads that read samples; default: one a core, at most 8."),
+    click.option("--workers", type=int, metavar="N",
+                 help="Dump in N processes of this machine, one CUDA device each where there are such."),
+    click.option("--scheduler", metavar="ADDRESS", help="Dump on the workers of a Dask cluster: tcp://HOST:PORT."),
     click.option("--trust-pickle", is_flag=True, help="Load a pickled module, which may run any code."),
+    click.option("--run-log", metavar="PATH|none",
+                 help="A line of JSON for each shard; default: beside a local store, OUT.log.jsonl."),
+    click.option("--metrics-port", type=int, metavar="N", help="Give figures to Prometheus there; 0: any free port."),
+    click.option("--metrics-host", metavar="ADDRESS", help="Listen there; default: 127.0.0.1, this machine alone."),
+    click.option("--no-alarm", "no_alarms", multiple=True, type=click.Choice((*ALARMS, ALL_ALARMS)),
+                 help="Go on though this looks broken; repeat for more."),
+    click.option("--max-quarantined", type=float, metavar="SHARE",
+                 help="Stop once more than this share of at least 100 rows is refused, 0 to 1; default: any."),
+    click.option("--wait-for-room", type=float, default=1.0, show_default=True, metavar="HOURS",
+                 help="Wait on a full disk for so long; 0: stop at once."),
     click.option("-q", "--quiet", is_flag=True, help="No progress and no notes."),
 )  # fmt: skip
 

@@ -9,12 +9,13 @@ while the next batch is in work. What lies between the stages is bounded, so mem
 """
 
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.arrays import STATUS_OK, STATUS_UNDECODABLE, Array
-from storage.console import Pass
+from storage.console import Pass, format_count
 from storage.corpus import Batch, Preprocess, read_batch
 from storage.corpus.part import hard_targets_at
 from storage.corpus.protocol import Samples
@@ -34,11 +35,14 @@ from storage.errors import CorpusError, TeacherError
 from storage.manifest import Manifest
 from storage.sequences import next_tokens
 from storage.writer import StoreWriter
+from teacherdump.alarms import shard_alarm
+from teacherdump.config import ALARMS
 from teacherdump.plan import batches
 from teacherdump.report import ShardReport, Stopwatch, mean_entropy, sealed_bytes
+from teacherdump.room import Room
 from teacherdump.shard import EncodedShard, ShardBuffer
 from teacherdump.sparsify import HostArrays, Sparsify, TeacherRows, build_sparsify, copy_to_host, joined
-from teacherdump.stages import ReadAhead, WriteBehind
+from teacherdump.stages import Queues, ReadAhead, WriteBehind
 from teacherdump.teacher import Said, Teacher
 
 READ_AHEAD_BATCHES = 4
@@ -61,6 +65,8 @@ class Job:
         batch_size: rows of one forward pass, at least 1.
         num_readers: threads that decode samples, at least 1.
         head: what a store of hidden states keeps once; else None.
+        alarms: that are on.
+        queues: where it is told what waits between the stages.
     """
 
     corpus: Samples
@@ -70,6 +76,8 @@ class Job:
     batch_size: int
     num_readers: int
     head: HeadArrays | None = None
+    alarms: tuple[str, ...] = ALARMS
+    queues: Queues = field(default_factory=Queues, compare=False, repr=False)
 
     def speak(self, read: "ReadBatch") -> Iterator[Said]:
         """What the teacher says of a batch, in parts that make up its flat rows."""
@@ -77,7 +85,9 @@ class Job:
         keeps_hidden = self.manifest.encoding.name == "hidden"
         if self.manifest.sequences is None:
             return self.teacher.speak(inputs, keeps_hidden)
-        run = np.delete(read.batch.inputs, read.left_out, axis=0)  # zeros that stand in for a sample are no document
+        run = read.batch.inputs
+        if read.left_out:  # zeros that stand in for a sample are no document
+            run = np.delete(run, read.left_out, axis=0)
         is_one_document = bool((run[:, 1, 1:-1] != 0).all())
         return self.teacher.speak_tokens(inputs, self.manifest.num_classes, keeps_hidden, is_one_document)
 
@@ -112,6 +122,9 @@ def dump(
     bar: Pass,
     is_stopped: Callable[[], bool],
     on_report: Callable[[ShardReport], object],
+    *,
+    before_write: Callable[[EncodedShard], object] = lambda _: None,
+    room: Room | None = None,
 ) -> None:
     """Dump shards one after the other, and seal each.
 
@@ -122,19 +135,37 @@ def dump(
         bar: told of the rows as they come out of the teacher.
         is_stopped: asked between batches; once it says so, what is not a whole shard by then is dropped.
         on_report: called with what is known of each shard once it is sealed, in the writing thread.
+        before_write: called with each shard before it is written, and may refuse it by an error.
+        room: how a full disk is waited for; None does not wait.
 
     Raises:
         StoreError: what stopped it; every shard that was sealed stays, and the same dump goes on.
     """
-    is_first = not writer.sealed_shards()
-    with WriteBehind[EncodedShard](lambda shard: on_report(write_shard(writer, shard)), SHARDS_BEHIND) as behind:
+    is_first, given_up = not writer.sealed_shards(), threading.Event()
+    room = room or Room(writer.store.path, 0, lambda _: None)
+
+    def write(shard: EncodedShard) -> None:
+        num_bytes = sum(values.nbytes for values in shard.arrays.values())
+        on_report(
+            room.keep_trying(lambda: write_shard(writer, shard), num_bytes, lambda: given_up.is_set() or is_stopped())
+        )
+
+    with WriteBehind[EncodedShard](write, SHARDS_BEHIND) as behind:
+        job.queues.behind = behind
         encoded = encode_shards(job, shards, bar, lambda: is_stopped() or behind.failed)
-        with contextlib.closing(encoded):
+        try:
             for shard in encoded:
                 if is_first:
                     _refuse_if_nothing_is_kept(shard)
                     is_first = False
+                _look_at(job, shard)
+                before_write(shard)
                 behind.put(shard)
+        except BaseException:
+            given_up.set()  # what waits for room waits no longer
+            raise
+        finally:
+            encoded.close()
 
 
 def dump_shard(
@@ -158,7 +189,15 @@ def dump_shard(
         turn: held while the shard is in the teacher, so that another one of this process is read or written meanwhile.
     """
     (encoded,) = encode_shards(job, [shard], bar, lambda: False, without, turn)
+    _look_at(job, encoded)
     return write_shard(writer, encoded)
+
+
+def _look_at(job: Job, shard: EncodedShard) -> None:
+    """Stop before a shard is written that no healthy teacher gives."""
+    start, stop = job.manifest.layout.shard_bounds(shard.shard)
+    where = f"shard {shard.shard} (rows {format_count(start)} to {format_count(stop - 1)}), before it was written"
+    shard_alarm(shard.arrays, job.manifest, job.alarms, where)
 
 
 def write_shard(writer: StoreWriter, shard: EncodedShard) -> ShardReport:
@@ -186,6 +225,7 @@ def encode_shards(
     """What the store keeps of each shard, in order; a shard that is not whole when someone stops is dropped."""
     shard: ShardBuffer | None = None
     with read_ahead(job, shards, without) as ahead, turn:
+        job.queues.ahead = ahead
         for said in soft_targets(job, ahead.until(is_stopped)):
             shard = shard or ShardBuffer(job, said.read.shard)
             shard.put(said)
@@ -321,7 +361,7 @@ def read_rows(
     uniform = None
     if isinstance(manifest.encoding, Sample):
         num_positions = 1 if manifest.sequences is None else manifest.sequences.num_positions
-        uniform = torch.from_numpy(uniforms(manifest.encoding.seed, rows_N, num_positions))
+        uniform = torch.from_numpy(uniforms(manifest.encoding.seed, rows_N + manifest.first_row, num_positions))
     inputs = torch.from_numpy(batch.inputs)
     if job.teacher.device.type == "cuda":
         inputs = inputs.pin_memory()

@@ -3,28 +3,36 @@
 torch is imported only once there is work for a teacher: a run over a finished store ends in a moment.
 """
 
+import contextlib
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from storage.console import format_bytes, format_count, format_duration, format_rate, progress
+from storage.console import Pass, format_bytes, format_count, format_duration, format_rate, progress
 from storage.corpus import verify_hard_targets
-from storage.errors import StoreError
+from storage.errors import OutOfSpaceError, StoreError
 from storage.exclusive import discard_unsealed, sole_run
 from storage.interruption import Interrupted, stop_requests
 from storage.manifest import Manifest
 from storage.reader import open_store
+from storage.urls import is_url
 from storage.writer import StoreWriter
 from teacherdump.config import DumpConfig
 from teacherdump.plan import Limits, estimate
 from teacherdump.report import ShardReport
+from teacherdump.room import Room
 from teacherdump.source import Say, Source, open_source, prepare
+from teacherdump.watching import Watch, watching
 
 if TYPE_CHECKING:
+    from teacherdump.cluster import ClusterJob
     from teacherdump.dump import Job
+
+    AnyJob = Job | ClusterJob
 
 
 @dataclass(frozen=True)
@@ -93,12 +101,28 @@ def run(config: DumpConfig, say: Say = lambda _: None, quiet: bool = True) -> Du
         ValueError: options that contradict what is there.
         Interrupted: a signal ended it; the message says where the store stands and how to go on.
     """
-    source = open_source(config)
+    with contextlib.ExitStack() as stack:
+        return _run(open_source(config), lambda source: _prepared(source, say, stack), say, quiet)
+
+
+def _prepared(source: Source, say: Say, stack: contextlib.ExitStack) -> "AnyJob":
+    """The teacher loaded here, or on workers, which stay for as long as the stack does."""
+    if not source.config.is_on_cluster:
+        return prepare(source, say)
+    from teacherdump.cluster import prepare_on_workers
+    from teacherdump.cluster_local import open_team
+
+    return prepare_on_workers(stack.enter_context(open_team(source.config, say)), source, say)
+
+
+def _run(source: Source, prepared: "Callable[[Source], AnyJob]", say: Say, quiet: bool) -> DumpResult:
+    """Go on with the store that is there, or begin one."""
+    config = source.config
     if source.existing is not None:
         with sole_run(config.out):
             if not _discarded(config.out):
-                return _go_on(source, say, quiet)
-    job = prepare(replace(source, existing=None), say)
+                return _go_on(source, prepared, say, quiet)
+    job = prepared(replace(source, existing=None))
     _planned(config, job.manifest, range(job.manifest.layout.num_shards), _unsaid)  # refused before a store is made
     with sole_run(config.out):
         return _dump(config, job, say, quiet)
@@ -109,11 +133,10 @@ def _discarded(path: str) -> bool:
     with open_store(path) as store:
         if store.finalized or store.sealed_shards():
             return False
-        discard_unsealed(store)
-        return True
+        return discard_unsealed(store)
 
 
-def _go_on(source: Source, say: Say, quiet: bool) -> DumpResult:
+def _go_on(source: Source, prepared: "Callable[[Source], AnyJob]", say: Say, quiet: bool) -> DumpResult:
     """Dump the rest of a store, without a look at the teacher where nothing is owed."""
     config = source.config
     assert source.existing is not None
@@ -123,10 +146,10 @@ def _go_on(source: Source, say: Say, quiet: bool) -> DumpResult:
             verify_hard_targets(writer.store, source.corpus)
         if not writer.owed_shards():
             return _finish(writer, _Tally(), quiet)
-    return _dump(config, prepare(source, say), say, quiet)
+    return _dump(config, prepared(source), say, quiet)
 
 
-def _dump(config: DumpConfig, job: "Job", say: Say, quiet: bool) -> DumpResult:
+def _dump(config: DumpConfig, job: "AnyJob", say: Say, quiet: bool) -> DumpResult:
     """Dump what is owed; what can't be begun leaves no store behind."""
     with StoreWriter.open(config.out, job.manifest, job.head) as writer:
         try:
@@ -135,12 +158,12 @@ def _dump(config: DumpConfig, job: "Job", say: Say, quiet: bool) -> DumpResult:
             _say_where_it_goes_on(writer, job, say)
             return _dump_owed(config, job, writer, say, quiet)
         except (StoreError, ValueError):
-            if not writer.sealed_shards():
+            if not is_url(config.out) and not writer.sealed_shards():
                 discard_unsealed(writer.store)
             raise
 
 
-def _say_where_it_goes_on(writer: StoreWriter, job: "Job", say: Say) -> None:
+def _say_where_it_goes_on(writer: StoreWriter, job: "AnyJob", say: Say) -> None:
     """Where a run goes on, and what could change its last bits."""
     num_sealed_rows = writer.store.num_sealed_rows
     if not num_sealed_rows:
@@ -177,10 +200,10 @@ class _Tally:
         return self.num_bytes / self.num_rows if self.num_rows else float(row_bytes)
 
 
-def _dump_owed(config: DumpConfig, job: "Job", writer: StoreWriter, say: Say, quiet: bool) -> DumpResult:
+def _dump_owed(config: DumpConfig, job: "AnyJob", writer: StoreWriter, say: Say, quiet: bool) -> DumpResult:
     layout, row_bytes = writer.layout, job.manifest.row_bytes
     owed, tally = writer.owed_shards(), _Tally()
-    limits = _limits(config)
+    limits, room = _limits(config), Room(writer.store.path, config.wait_for_room, say)
     planned = _planned(config, job.manifest, owed, say)
 
     def within_limits() -> Iterator[int]:
@@ -193,28 +216,67 @@ def _dump_owed(config: DumpConfig, job: "Job", writer: StoreWriter, say: Say, qu
             if tally.limit is not None:
                 return
             num_rows += stop - first
+            watch.num_begun += 1
             yield shard
 
-    job = replace(job, manifest=writer.manifest)
-    with stop_requests() as request:
-        try:
-            with progress(planned, "rows", "dumping", quiet=quiet) as bar:
-                dump = _loop(config)
-                dump(job, writer, within_limits(), bar, lambda: request.signal != 0, tally.add)
-        except KeyboardInterrupt as error:  # the second one: at once, but not without a word
-            raise Interrupted(f"interrupted: {standing(writer)}", request.signal or signal.SIGINT) from error
-    tally.seconds = time.perf_counter() - tally.start
-    if request.signal and writer.owed_shards():
-        raise Interrupted(f"interrupted: {standing(writer)}", request.signal)
-    return _finish(writer, tally, quiet)
+    def on_report(report: ShardReport) -> None:
+        tally.add(report)
+        watch.add(report)
+
+    with watching(config, writer.manifest, len(owed), planned, say) as watch, _told_of_the_end(watch):
+        job = replace(job, manifest=writer.manifest)
+        with stop_requests() as request:
+            try:
+                with progress(planned, "rows", "dumping", quiet=quiet) as bar:
+                    dump = _loop(config, watch, room)
+                    dump(job, writer, within_limits(), bar, lambda: request.signal != 0, on_report)
+            except KeyboardInterrupt as error:  # the second one: at once, but not without a word
+                raise Interrupted(f"interrupted: {standing(writer)}", request.signal or signal.SIGINT) from error
+            except OutOfSpaceError as error:
+                if not request.signal:
+                    raise
+                raise Interrupted(f"interrupted while the disk was full: {standing(writer)}", request.signal) from error
+        tally.seconds = time.perf_counter() - tally.start
+        if request.signal and writer.owed_shards():
+            raise Interrupted(f"interrupted: {standing(writer)}", request.signal)
+        result = _finish(writer, tally, quiet, room)
+        watch.end("finished" if result.limit is None else "limit", limit=result.limit, digest=result.content_digest)
+        return result
 
 
-def _loop(config: DumpConfig) -> Callable[..., None]:
-    """What dumps the shards: `dump`, or another of the same arguments that has others do it."""
+def _loop(config: DumpConfig, watch: Watch, room: Room) -> Callable[..., None]:
+    """What dumps the shards in this process, or another of the same arguments that has workers do it."""
+    if config.is_on_cluster:
+        from teacherdump.cluster import dump_on_workers
+
+        return partial(dump_on_workers, room=room)
+    from teacherdump.alarm_pilot import pilot_alarm
     from teacherdump.dump import dump
 
-    del config
-    return dump
+    def in_process(
+        job: "Job",
+        writer: StoreWriter,
+        shards: Iterable[int],
+        bar: Pass,
+        is_stopped: Callable[[], bool],
+        on_report: Callable[[ShardReport], object],
+    ) -> None:
+        job = replace(job, queues=watch.queues)
+        pilot_alarm(job, is_stopped)
+        dump(job, writer, shards, bar, is_stopped, on_report, before_write=watch.before_write, room=room)
+
+    return in_process
+
+
+@contextlib.contextmanager
+def _told_of_the_end(watch: Watch) -> Iterator[None]:
+    """Tell who watches what ended a run that did not come to its end."""
+    try:
+        yield
+    except BaseException as error:
+        outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
+        watch.end(outcome, error=None if outcome == "interrupted" else type(error).__name__)
+        raise
 
 
 def _unsaid(_: str) -> None:
@@ -248,13 +310,15 @@ def _planned(config: DumpConfig, manifest: Manifest, owed: Sequence[int], say: S
     return planned
 
 
-def _finish(writer: StoreWriter, tally: _Tally, quiet: bool) -> DumpResult:
+def _finish(writer: StoreWriter, tally: _Tally, quiet: bool, room: Room | None = None) -> DumpResult:
     """Finalize when nothing is owed any more, and say what there is."""
     if not writer.finalized and not writer.owed_shards():
         tally.limit = None
         try:
             with progress(writer.layout.num_rows, "rows", "checking", quiet=quiet) as bar:
-                writer.finalize(progress=bar.advance)
+                num_bytes = writer.store.backend.num_bytes()  # HDF5 is packed into one file
+                room = room or Room(writer.store.path, 0, _unsaid)
+                room.keep_trying(lambda: writer.finalize(progress=bar.advance), num_bytes, lambda: False)
         except KeyboardInterrupt as error:
             raise Interrupted(f"interrupted: {standing(writer)}", 2) from error
     store = writer.store

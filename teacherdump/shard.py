@@ -58,7 +58,7 @@ class ShardBuffer:
         rows = slice(self._num_rows, self._num_rows + len(batch.rows_N))
         refusal_N = np.bitwise_or.reduce(arrays[REFUSAL].reshape(len(batch.rows_N), -1), axis=1)
         reasons = {
-            int(position): _what_is_wrong(int(refusal_N[position])) for position in np.flatnonzero(refusal_N)
+            int(position): what_is_wrong(int(refusal_N[position])) for position in np.flatnonzero(refusal_N)
         } | batch.errors
         refused = sorted(reasons)
         for spec in self._manifest.arrays:
@@ -86,7 +86,8 @@ class ShardBuffer:
         return EncodedShard(self._shard, self._arrays, self._quarantine, self._seconds_read, self._seconds_teacher)
 
 
-def _what_is_wrong(refusal: int) -> str:
+def what_is_wrong(refusal: int) -> str:
+    """Why a row's logits are refused, in words."""
     if refusal & (HAS_NAN | HAS_POSITIVE_INF | NO_CLASS):
         what = "NaN" if refusal & HAS_NAN else "+inf" if refusal & HAS_POSITIVE_INF else "-inf for every class"
         return f"logits are not finite: {what}"

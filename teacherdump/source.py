@@ -239,7 +239,16 @@ def prepare(source: Source, say: Say) -> "Job":
         source, answer, lambda most: choose_batch_size(teacher, preprocess.shape, most, source.is_tokens), say
     )
     num_readers = config.readers or min(MOST_READERS, os.cpu_count() or 1)
-    return Job(source.corpus, preprocess, teacher, settled.manifest, settled.batch_size, num_readers, settled.head)
+    return Job(
+        source.corpus,
+        preprocess,
+        teacher,
+        settled.manifest,
+        settled.batch_size,
+        num_readers,
+        settled.head,
+        config.alarms,
+    )
 
 
 def num_probe_rows(source: Source, max_batch: int | None) -> int:

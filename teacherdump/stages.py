@@ -3,8 +3,9 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -44,6 +45,11 @@ class ReadAhead(Generic[T]):
                 continue
             return True
         return False
+
+    @property
+    def num_waiting(self) -> int:
+        """Items that are made and not taken yet."""
+        return self._queue.qsize()
 
     def until(self, is_stopped: Callable[[], bool]) -> Iterator[T]:
         """The items in order, up to the last one or until someone stops."""
@@ -91,6 +97,11 @@ class WriteBehind(Generic[T]):
                     self._error = error
 
     @property
+    def num_waiting(self) -> int:
+        """Items that wait behind the one in work."""
+        return self._queue.qsize()
+
+    @property
     def failed(self) -> bool:
         """Whether the function raised something."""
         return self._error is not None
@@ -116,3 +127,26 @@ class WriteBehind(Generic[T]):
         self._thread.join()
         if error is None:
             self.check()
+
+
+@dataclass
+class Queues:
+    """What waits between the stages of a dump: the dump says where, who watches asks how much.
+
+    Attributes:
+        ahead: of the teacher; None where nothing is read.
+        behind: of the teacher; None where nothing is written.
+    """
+
+    ahead: ReadAhead[Any] | None = None
+    behind: WriteBehind[Any] | None = None
+
+    @property
+    def num_read_ahead(self) -> int:
+        """Batches that wait for the teacher."""
+        return 0 if self.ahead is None else self.ahead.num_waiting
+
+    @property
+    def num_write_behind(self) -> int:
+        """Shards that wait to be written."""
+        return 0 if self.behind is None else self.behind.num_waiting

@@ -384,7 +384,7 @@ def test_a_store_of_which_nothing_is_sealed_is_begun_anew_with_other_settings(
 ) -> None:
     out = str(tmp_path / name)
     with monkeypatch.context() as patch:
-        patch.setattr("teacherdump.dump.dump", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+        patch.setattr("teacherdump.dump.dump", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
         with pytest.raises(OSError, match="broken"):
             run(config(out=out))
     with open_store(out) as store:
@@ -430,7 +430,7 @@ def test_a_second_interruption_still_says_where_the_store_stands(
     config: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(config(limit_samples=32))
-    monkeypatch.setattr("teacherdump.dump.dump", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("teacherdump.dump.dump", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(Interrupted, match=r"interrupted: 32 of 200 rows are sealed in .*; run the same command again"):
         run(config())
 
@@ -481,7 +481,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutOfSpaceError, match="room on the disk, got none; free space and run the same command again"):
-        run(config())
+        run(config(wait_for_room=0.0))
     monkeypatch.setattr(os, "fsync", sync)
     with open_store(tmp_path / "out.zarr") as store:
         assert 0 < store.num_sealed_rows < 200
