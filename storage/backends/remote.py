@@ -34,6 +34,7 @@ from storage.records import FINAL, MANIFEST, Final, Seal
 from storage.remote import PART_BYTES, Place
 from storage.untrusted import record_limit
 
+PROBE_SUFFIX = ".probe"  # of an object that tries what the storage can do
 THREADS = 32  # requests at a time: each waits for the network, not for the processor
 
 Item = TypeVar("Item")
@@ -86,7 +87,12 @@ class RemoteBackend:
         legal = begun_keys(manifest)
         found = []
         for entry in self.place.list():
+            if _is_probe(entry.key):  # of another run that looks just now, or of one that was killed
+                continue
             if entry.key not in legal:
+                if self.get_record(MANIFEST) is not None:  # another run began it just now
+                    self.attach(manifest)
+                    return
                 raise PathError(
                     f"{self.location}: expected nothing, or a logit store, got something else; give another URL"
                 )
@@ -111,7 +117,7 @@ class RemoteBackend:
 
     def _check_conditions(self) -> None:
         """Refuse a storage that writes over an object though it was told not to: two runs would mix."""
-        key = f"{GROUP}.{uuid.uuid4().hex}.probe"
+        key = f"{GROUP}.{uuid.uuid4().hex}{PROBE_SUFFIX}"
         try:
             if not self.place.put_new(key, b"1") or self.place.put_new(key, b"2"):
                 raise RemoteError(
@@ -300,7 +306,7 @@ class RemoteBackend:
         left = []
         for entry in self.place.list():
             first, *rest = entry.key.split("/")
-            if first == "seals" and entry.key.endswith(intent_name(".json")):
+            if (first == "seals" and entry.key.endswith(intent_name(".json"))) or _is_probe(entry.key):
                 left.append(entry.key)
             is_of_shard = first in self._names and len(rest) > 1 and rest[0] == "c" and rest[1].isdigit()
             if is_of_shard and int(rest[1]) not in keep:
@@ -317,3 +323,7 @@ class RemoteBackend:
         self._reader.forget()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._pool = ThreadPoolExecutor(THREADS, "remote")  # a closed store may be read again, as on a disk
+
+
+def _is_probe(key: str) -> bool:
+    return key.startswith(f"{GROUP}.") and key.endswith(PROBE_SUFFIX)
