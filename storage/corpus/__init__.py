@@ -9,6 +9,7 @@ from storage.corpus.defaults import check_preprocess, default_preprocess
 from storage.corpus.files import FileEntry, list_files
 from storage.corpus.matching import check_digests, rows_of_store, verify_corpus, verify_hard_targets
 from storage.corpus.opening import CORPUS_KINDS, open_corpus
+from storage.corpus.parquet_columns import Columns
 from storage.corpus.preprocess import Preprocess
 from storage.corpus.protocol import Corpus, SampleError
 from storage.corpus.reading import Batch, read_batch, sample_digest, sample_digests
@@ -19,6 +20,7 @@ from storage.corpus.without import without_rows
 __all__ = [
     "CORPUS_KINDS",
     "Batch",
+    "Columns",
     "Corpus",
     "FileEntry",
     "Preprocess",

@@ -31,7 +31,7 @@ class ArrayCorpus:
     class_names: ClassVar[None] = None
     num_ignored: ClassVar[int] = 0
 
-    path: Path
+    path: Path | str
     labels: str | Path | None
     array: str | None
     hard_targets: NDArray[np.int32] | None
@@ -98,11 +98,11 @@ def little_endian(values: Table) -> np.dtype[Any]:
     return dtype.newbyteorder("<")
 
 
-def open_arrays(path: Path, labels: str | Path | None = None, array: str | None = None) -> ArrayCorpus:
-    """The rows of an array in a file or a Zarr v3 group.
+def open_arrays(path: Path | str, labels: str | Path | None = None, array: str | None = None) -> ArrayCorpus:
+    """The rows of an array in a file or a Zarr v3 group, or of a `.npy` behind a URL.
 
     Args:
-        path: `.npy`, `.npz`, HDF5 or Zarr v3.
+        path: `.npy`, `.npz`, HDF5 or Zarr v3; by URL a `.npy`.
         labels: file of hard targets, or `none` for none; None takes the array beside it that is named as one of
             `LABEL_NAMES`.
         array: name of the array, with `/` between groups; None takes the only one that is not named so.

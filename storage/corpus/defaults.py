@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from storage.corpus.images import ImageCorpus, image_shape
+from storage.corpus.images import image_shape
 from storage.corpus.preprocess import Interpolation, Preprocess, Resize
-from storage.corpus.protocol import Corpus, SampleError, spread_rows
+from storage.corpus.protocol import Corpus, ReadsRows, SampleError, spread_rows
 from storage.errors import CorpusError
 
 # Samples whose headers are looked at to find the size and channels of a corpus of image files.
@@ -131,7 +131,7 @@ def _probe(corpus: Corpus) -> list[tuple[str, tuple[int, ...]]]:
     Raises:
         CorpusError: none of them can be read.
     """
-    files = isinstance(corpus, ImageCorpus)
+    files = corpus.sample_kind == "image" and not isinstance(corpus, ReadsRows)
     reason, shapes = "", []
     for row in spread_rows(corpus.num_samples, NUM_PROBED):
         try:

@@ -67,7 +67,16 @@ class FoundFiles:
 
 
 class Files(Protocol):
-    """The bytes of files of one folder. It pickles as the folder."""
+    """The bytes of files of one folder. It pickles as the folder.
+
+    Attributes:
+        folder: absolute, or a URL.
+    """
+
+    @property
+    def folder(self) -> Path | str:
+        """Where they are."""
+        ...
 
     def read(self, name: str) -> bytes:
         """A whole file.
@@ -142,6 +151,11 @@ class RemoteFiles:
     """The files below a URL."""
 
     place: Place
+
+    @property
+    def folder(self) -> str:
+        """The URL."""
+        return self.place.url
 
     def read(self, name: str) -> bytes:
         """A whole file."""
@@ -254,6 +268,14 @@ def walk_files(root: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
                     pending.append((entry.path, f"{prefix}{entry.name}/"))
                 else:
                     yield entry, prefix + entry.name
+
+
+def first_file(path: Path, suffixes: tuple[str, ...], only_top: bool = False) -> str | None:
+    """Name of some visible file of these suffixes below a folder, or in it alone; None where there is none."""
+    if only_top:
+        names = (name for name in sorted(os.listdir(path)) if not name.startswith("."))  # noqa: PTH208
+        return next((name for name in names if has_suffix(name, suffixes) and (path / name).is_file()), None)
+    return next((name for entry, name in walk_files(path) if has_suffix(name, suffixes) and entry.is_file()), None)
 
 
 def check_link(file: str, name: str, path: Path, where: str) -> None:

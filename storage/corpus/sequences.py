@@ -87,8 +87,8 @@ class TokenCorpus:
     at place 0. A sample's key is the offset of its first and of its last token; its bytes are those of its array.
 
     Attributes:
-        kind: `tokens` or `text`.
-        path: where it is, absolute.
+        kind: `tokens`, `text` or `parquet`.
+        path: where it is, absolute, or a URL.
         options: what it was opened with, with absolute paths.
         ids_T: all token ids: mapped from a file, or in memory.
         starts_D: offset of each document's first token, the first 0; one document where no boundaries are known.
@@ -103,14 +103,14 @@ class TokenCorpus:
     hard_targets: ClassVar[None] = None
 
     kind: str
-    path: Path
+    path: Path | str
     options: SequenceOptions
     ids_T: Array = field(repr=False)  # noqa: N815
     starts_D: NDArray[np.int64] = field(repr=False)  # noqa: N815
     tokenizer: Tokenizer | None
     fingerprint: str
     num_ignored: int
-    opener: Callable[[Path, SequenceOptions], "TokenCorpus"] = field(repr=False)
+    opener: Callable[[Any, SequenceOptions], "TokenCorpus"] = field(repr=False)
 
     @property
     def sequence_length(self) -> int:
@@ -208,12 +208,12 @@ def decode_sample(raw: bytes, length: int) -> NDArray[np.uint32]:
 
 def token_corpus(
     kind: str,
-    path: Path,
+    path: Path | str,
     options: SequenceOptions,
     ids_T: Array,
     starts_D: NDArray[np.int64],
     tokenizer: Tokenizer | None,
-    opener: Callable[[Path, SequenceOptions], TokenCorpus],
+    opener: Callable[[Any, SequenceOptions], TokenCorpus],
     num_ignored: int = 0,
 ) -> TokenCorpus:
     """The corpus of some token ids, with its fingerprint; see `TokenCorpus`."""

@@ -1,11 +1,13 @@
 """One array of a `.npy`, `.npz`, HDF5 or Zarr v3 file, and the hard targets beside it."""
 
+import io
 import json
 import math
 import os
 import zipfile
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 
@@ -14,9 +16,13 @@ import numpy as np
 from storage.corpus.labels import MAX_MEMORY_BYTES, NPY_MAGIC, one_line
 from storage.corpus.protocol import Array
 from storage.errors import CorpusError
+from storage.remote import Place, open_place
 
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
 ZARR_METADATA = "zarr.json"
+
+# Bytes that hold the header of any `.npy` that is read.
+_HEADER_BYTES = 1 << 16
 
 # Names of arrays that hold hard targets, where they lie beside the samples.
 LABEL_NAMES = ("y", "labels", "targets", "hard_targets")
@@ -39,11 +45,11 @@ class Table(Protocol):
     def __getitem__(self, rows: slice) -> Any: ...
 
 
-def open_table(path: Path, array: str | None, where: str) -> tuple[Table, Array | None]:
+def open_table(path: Path | str, array: str | None, where: str) -> tuple[Table, Array | None]:
     """The array of samples at a path, and the array of hard targets that lies beside it or None.
 
     Args:
-        path: `.npy`, `.npz`, HDF5, or the folder of a Zarr v3 array or group.
+        path: the URL of a `.npy`; or a `.npy`, `.npz`, HDF5, or the folder of a Zarr v3 array or group.
         array: its name in the file or group; None takes the only one that is not named as one of `LABEL_NAMES`.
         where: for messages.
 
@@ -51,6 +57,10 @@ def open_table(path: Path, array: str | None, where: str) -> tuple[Table, Array 
         CorpusError: there is no such array, or it can't be read.
         ValueError: `array` for a file without names.
     """
+    if isinstance(path, str):
+        if array is not None:
+            raise ValueError(f"array: expected a file of several arrays for {array!r}, got a .npy; leave it out")
+        return _open_by_url(path, where), None
     if path.is_dir():
         return _open_zarr(path, array, where)
     with path.open("rb") as file:
@@ -88,23 +98,71 @@ def _open_npy(path: Path, where: str) -> Array:
     return values
 
 
+@dataclass(frozen=True)
+class RemoteArray:
+    """The array of a `.npy` behind a URL: rows are read when they are asked for."""
+
+    place: Place
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    start: int
+
+    def __getitem__(self, rows: slice) -> Array:
+        first, stop, _ = rows.indices(self.shape[0])
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        data = self.place.get_range("", self.start + first * row_bytes, self.start + max(first, stop) * row_bytes)
+        return np.frombuffer(data, self.dtype).reshape(-1, *self.shape[1:])
+
+
+def _open_by_url(url: str, where: str) -> RemoteArray:
+    """The array of a `.npy` behind a URL.
+
+    Raises:
+        CorpusError: there is none, it is damaged, or in Fortran order.
+    """
+    place = open_place(url)
+    size = place.size("")
+    if size is None:
+        raise CorpusError(f"{where}: expected a .npy file, got nothing there; check the URL")
+    stream = io.BytesIO(place.get_range("", 0, min(size, _HEADER_BYTES)))
+    shape, dtype, is_fortran = _read_npy_order(stream, where)
+    if is_fortran and len(shape) > 1:
+        raise CorpusError(
+            f"{where}: expected an array in C order, whose rows lie behind each other, got one in Fortran order; save "
+            "numpy.ascontiguousarray of it"
+        )
+    expected = stream.tell() + math.prod(shape) * dtype.itemsize
+    if size < expected:
+        raise CorpusError(
+            f"{where}: expected {expected} bytes for the shape {shape}, got {size}; the file is truncated, take "
+            "another copy"
+        )
+    return RemoteArray(place, shape, dtype, stream.tell())
+
+
 def _read_npy_header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and type of a .npy stream, which is left at its first value.
 
     Raises:
         CorpusError: it is no .npy file, or holds objects.
     """
+    shape, dtype, _ = _read_npy_order(file, where)
+    return shape, dtype
+
+
+def _read_npy_order(file: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
+    """Shape and type, and whether in Fortran order, of a .npy stream, which is left at its first value."""
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
+        shape, is_fortran, dtype = read(file)
     except (ValueError, EOFError) as error:
         raise CorpusError(
             f"{where}: expected a whole .npy array, got a damaged one ({one_line(error)}); take another copy"
         ) from error
     if dtype.hasobject:
         raise pickled(where)
-    return shape, dtype
+    return shape, dtype, is_fortran
 
 
 def _open_npz(path: Path, array: str | None, where: str) -> tuple[Array, Array | None]:

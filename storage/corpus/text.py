@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ TEXT_SUFFIXES = (".txt", ".jsonl")
 MAX_TOKENS = 2**31
 
 # Characters of documents that are handed to the tokenizer at once.
-_BATCH_CHARACTERS = 2**22
+BATCH_CHARACTERS = 2**22
 
 
 def open_text(path: Path, options: SequenceOptions) -> TokenCorpus:
@@ -46,6 +47,21 @@ def open_text(path: Path, options: SequenceOptions) -> TokenCorpus:
     """
     where = f"corpus '{path}'"
     options = absolute_paths(options)
+    check_text_options(options, where)
+    files, num_ignored = _text_files(path, where) if path.is_dir() else ([path], 0)
+    if options.text_field is not None and not any(_is_jsonl(file) for file in files):
+        raise ValueError(f"text_field: expected JSONL for {options.text_field!r}, got plain text; leave it out")
+    texts = _batches(files, options.text_field or "text")
+    return tokenise("text", path, options, texts, open_text, num_ignored)
+
+
+def check_text_options(options: SequenceOptions, where: str) -> None:
+    """Refuse options that text has no use for, and text without a tokenizer.
+
+    Raises:
+        CorpusError: there is no tokenizer.
+        ValueError: an option would be ignored.
+    """
     for name, value in (("token_dtype", options.dtype), ("boundaries", options.boundaries)):
         if value is not None:
             raise ValueError(f"{name}: expected a corpus of tokens for '{value}', got text; leave it out")
@@ -54,26 +70,46 @@ def open_text(path: Path, options: SequenceOptions) -> TokenCorpus:
             f"{where}: expected a tokenizer for the text, got none; give --tokenizer: bytes, a tokenizers JSON file or "
             "a folder with a tokenizer.json"
         )
-    files, num_ignored = _text_files(path, where) if path.is_dir() else ([path], 0)
-    if options.text_field is not None and not any(_is_jsonl(file) for file in files):
-        raise ValueError(f"text_field: expected JSONL for {options.text_field!r}, got plain text; leave it out")
+
+
+def tokenise(
+    kind: str,
+    path: Path | str,
+    options: SequenceOptions,
+    texts: Iterable[list[str]],
+    opener: Callable[[Any, SequenceOptions], TokenCorpus],
+    num_ignored: int,
+) -> TokenCorpus:
+    """The sequences of documents, which are tokenised here, once, into memory.
+
+    Args:
+        kind: of the corpus.
+        path: of the corpus.
+        options: sequence length, tokenizer, and the id to put behind each document.
+        texts: documents in order, some at a time.
+        opener: opens the corpus again, in another process.
+        num_ignored: files that are no text.
+
+    Raises:
+        CorpusError: fewer than two tokens, or more than fit.
+    """
     tokenizer = open_tokenizer(options)
     assert tokenizer is not None
     buffer, lengths = bytearray(), []
     ending = b"" if options.separator is None else np.uint32(options.separator).tobytes()
-    for texts in _batches(files, options.text_field or "text"):
-        for ids in tokenizer.encode(texts):
+    for batch in texts:
+        for ids in tokenizer.encode(batch):
             if len(ids):
                 buffer += ids.tobytes() + ending
                 lengths.append(len(ids) + len(ending) // 4)
         if len(buffer) > 4 * MAX_TOKENS:
             raise CorpusError(
-                f"{where}: expected at most {MAX_TOKENS} tokens, since text is tokenised in memory, got more; save the "
-                "token ids as a .npy and use the kind tokens"
+                f"corpus '{path}': expected at most {MAX_TOKENS} tokens, since text is tokenised in memory, got more; "
+                "save the token ids as a .npy and use the kind tokens"
             )
     ids_T = np.frombuffer(buffer, np.uint32)
-    check_num_tokens(len(ids_T), where)
-    return token_corpus("text", path, options, ids_T, starts_of_lengths(lengths), tokenizer, open_text, num_ignored)
+    check_num_tokens(len(ids_T), f"corpus '{path}'")
+    return token_corpus(kind, path, options, ids_T, starts_of_lengths(lengths), tokenizer, opener, num_ignored)
 
 
 def first_text(path: Path) -> str | None:
@@ -109,7 +145,7 @@ def _batches(files: list[Path], field: str) -> Iterator[list[str]]:
         for text in _read_jsonl(file, field) if _is_jsonl(file) else _read_plain(file):
             texts.append(text)
             size += len(text)
-            if size >= _BATCH_CHARACTERS:
+            if size >= BATCH_CHARACTERS:
                 yield texts
                 texts, size = [], 0
     if texts:

@@ -55,15 +55,10 @@ def test_a_folder_of_two_kinds_needs_the_kind(tmp_path: Path) -> None:
     assert open_corpus(tmp_path, kind="images").num_ignored == 2
 
 
-@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
-def test_kinds_of_later_releases_are_named(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(CorpusError, match=f"expected a kind of this release .*, got '{kind}', which is not in it"):
-        open_corpus(tmp_path, kind=kind)
-
-
 def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        CorpusError, match="expected the kind images, idx, arrays, tokens, text, got 'image'; choose one of them"
+        CorpusError,
+        match="expected the kind images, idx, arrays, tokens, text, webdataset, parquet, got 'image'; choose one",
     ):
         open_corpus(tmp_path, kind="image")
 
@@ -99,8 +94,9 @@ def test_a_folder_of_text_files_says_what_is_looked_for_and_what_was_found(tmp_p
     (tmp_path / "README").write_text("words")
     with pytest.raises(
         CorpusError,
-        match=r"expected images \(.jpg, .jpeg, .png, .webp\), IDX files, a Zarr array, or with --sequence-length text "
-        r"\(.txt, .jsonl\), got 4 other file\(s\) \(3 of .txt, 1 of no suffix; for example '0.txt'\); give a folder",
+        match=r"expected images \(.jpg, .jpeg, .png, .webp\), IDX files, .tar or .parquet files, a Zarr array, or with "
+        r"--sequence-length text \(.txt, .jsonl\), got 4 other file\(s\) \(3 of .txt, 1 of no suffix; for example "
+        r"'0.txt'\); give a folder",
     ):
         open_corpus(tmp_path)
 
@@ -124,11 +120,28 @@ def test_one_image_is_no_folder_of_images(tmp_path: Path) -> None:
         open_corpus(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize(("name", "kind"), [("a.tar", "webdataset"), ("a.parquet", "parquet")])
-def test_files_of_later_kinds_are_named(tmp_path: Path, name: str, kind: str) -> None:
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar.zst", "train-{0..3}.tar.gz"])
+def test_packed_tars_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"something")
-    with pytest.raises(CorpusError, match=f"got a .{name[2:]} file, the kind {kind}, which is not in it"):
+    with pytest.raises(CorpusError, match=r"expected plain .tar files, .* got packed ones; unpack them to .tar"):
         open_corpus(tmp_path / name)
+
+
+def test_a_pattern_without_a_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(
+        CorpusError, match=r"expected a pattern that ends with .tar or .parquet, got another; say the kind"
+    ):
+        open_corpus(tmp_path / "*.txt")
+    for kind in ("idx", "arrays"):
+        with pytest.raises(
+            CorpusError, match=f"expected one file or folder for the kind {kind}, got a pattern; give one"
+        ):
+            open_corpus(tmp_path / "*.txt", kind)
+    with pytest.raises(
+        CorpusError, match="expected one file or folder for the kind text, got a pattern; give one path"
+    ):
+        open_corpus(tmp_path / "*.txt", "text", sequence=BYTES)
 
 
 def test_a_pickle_or_another_file_is_refused(tmp_path: Path) -> None:

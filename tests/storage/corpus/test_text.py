@@ -80,7 +80,7 @@ def test_documents_do_not_depend_on_how_many_are_tokenised_at_once(
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["x" * (number % 7) for number in range(50)])
     whole = open_text(path)
-    monkeypatch.setattr(text, "_BATCH_CHARACTERS", 5)
+    monkeypatch.setattr(text, "BATCH_CHARACTERS", 5)
     parts = open_text(path)
     assert np.array_equal(whole.ids_T, parts.ids_T)
     assert whole.fingerprint == parts.fingerprint
