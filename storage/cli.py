@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from storage.combine_cli import combine_command
 from storage.console import Pass, command_errors, format_bytes, format_count, format_plural, printable, progress
 from storage.copy_cli import copy_command
 from storage.errors import StoreError
@@ -22,7 +23,7 @@ SHOWN_CLASSES = 10
 SHOWN_REASONS = 10
 NAME_CHARACTERS = 24
 
-STORE = click.argument("store", type=click.Path(path_type=Path))
+STORE = click.argument("store")  # a path or a URL
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 THREADS = click.option("--threads", type=click.IntRange(1), help="Threads; by default one for each core.")
 
@@ -56,13 +57,14 @@ def main() -> None:
     """Look at a store of soft targets, check it, finalize it, convert it, copy it."""
 
 
+main.add_command(combine_command)
 main.add_command(copy_command)
 
 
 @main.command()
 @STORE
 @JSON
-def info(store: Path, as_json: bool) -> None:
+def info(store: str, as_json: bool) -> None:
     """Say what a store is."""
     with command_errors():
         from storage.info import info as describe
@@ -76,7 +78,7 @@ def info(store: Path, as_json: bool) -> None:
 @STORE
 @JSON
 @THREADS
-def verify(store: Path, as_json: bool, threads: int | None) -> None:
+def verify(store: str, as_json: bool, threads: int | None) -> None:
     """Check every record, object, chunk and row of a store; exit 1 where something is damaged."""
     with command_errors():
         from storage.scan import verify as check
@@ -93,7 +95,7 @@ def verify(store: Path, as_json: bool, threads: int | None) -> None:
 @JSON
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the figures: a path that ends in .png or .html.")
 @THREADS
-def stats(store: Path, as_json: bool, picture: Path | None, threads: int | None) -> None:
+def stats(store: str, as_json: bool, picture: Path | None, threads: int | None) -> None:
     """Count what a store says: top-1 classes, entropy, kept mass, refused rows, bytes."""
     with command_errors():
         from storage.scan import check_picture_path, write_picture
@@ -112,7 +114,7 @@ def stats(store: Path, as_json: bool, picture: Path | None, threads: int | None)
 @main.command()
 @STORE
 @click.option("--partial", is_flag=True, help="Finalize at what is sealed, though rows are missing.")
-def finalize(store: Path, partial: bool) -> None:
+def finalize(store: str, partial: bool) -> None:
     """Check the sealed shards once more, then make a store read-only for good."""
     with command_errors():
         from storage.exclusive import sole_run
@@ -134,15 +136,15 @@ def finalize(store: Path, partial: bool) -> None:
 
 
 @main.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("source")
+@click.argument("target")
 @click.option(
     "--compressor",
     type=click.Choice(["none", "zstd", "zstd-max"]),
     help="Of the new store; by default as it was. zstd-max: the smallest, and very slow to write.",
 )
 @THREADS
-def convert(source: Path, target: Path, compressor: Any, threads: int | None) -> None:
+def convert(source: str, target: str, compressor: Any, threads: int | None) -> None:
     """Copy a finalized store to TARGET: Zarr, or HDF5 where it ends in .h5. Run again, it goes on where it stopped."""
     with command_errors():
         from storage.scan import convert as copy
@@ -156,7 +158,7 @@ def convert(source: Path, target: Path, compressor: Any, threads: int | None) ->
 
 
 @contextlib.contextmanager
-def _rows_pass(path: Path, label: str, times: int = 1) -> Iterator[Pass]:
+def _rows_pass(path: str, label: str, times: int = 1) -> Iterator[Pass]:
     """A progress bar over a store's sealed rows."""
     from storage.reader import open_store
 

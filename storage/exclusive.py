@@ -3,6 +3,9 @@
 Within a run many workers may write; each shard has a lock of its own for that. This one is for the run as a whole. It
 is on the folder that the store is written in, so that nothing of it stays behind, and the kernel lets go of it when the
 process ends, however it ends.
+
+Object storage has no such locks. There two runs may write one store: each shard is sealed by one of them, and both end
+with the same store.
 """
 
 import contextlib
@@ -19,18 +22,21 @@ from storage.errors import PathError
 from storage.head import HEAD_FOLDER
 from storage.reader import Store
 from storage.records import MANIFEST
+from storage.urls import is_url
 
 
 @contextlib.contextmanager
 def sole_run(path: str | Path) -> Iterator[None]:
     """Keep every other run from writing a store; the folder that it is written in is made where nothing is there.
 
+    A store at a URL is not locked.
+
     Raises:
         PathError: another run is writing it.
     """
     folder = _writing_folder(path)
     if folder is None:
-        yield  # a finished file, or no store: whoever opens it says so
+        yield  # at a URL, a finished file, or no store: whoever opens it says so
         return
     is_new = not folder.exists()
     with clear_os_errors(path):
@@ -49,9 +55,15 @@ def sole_run(path: str | Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def discard_unsealed(store: Store) -> None:
-    """Remove what makes a store of which nothing is sealed, and nothing else; for the one who holds `sole_run`."""
+def discard_unsealed(store: Store) -> bool:
+    """Remove what makes a store of which nothing is sealed, and nothing else; for the one who holds `sole_run`.
+
+    Returns:
+        False where it stays, since it is at a URL: another run may be writing it.
+    """
     assert not store.sealed_shards()
+    if is_url(store.path):
+        return False
     folder = _writing_folder(store.path)
     assert folder is not None
     store.close()
@@ -65,10 +77,13 @@ def discard_unsealed(store: Store) -> None:
             left.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds something else
             folder.rmdir()
+    return True
 
 
 def _writing_folder(path: str | Path) -> Path | None:
-    """The folder that a store is written in; None for a path where no store can be, or a finished file."""
+    """The folder that a store is written in; None for a URL, a path where no store can be, or a finished file."""
+    if is_url(path):
+        return None
     backend = backend_for(path)
     if isinstance(backend, Hdf5Backend):
         folder, is_taken = backend.parts, backend.path.exists()

@@ -1,14 +1,14 @@
 """Open a store and read rows of sealed shards."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from storage.arrays import Array, ArraySpec
-from storage.backends import Backend, IsFarAway, backend_for, holding
+from storage.backends import Backend, CacheSettings, IsFarAway, backend_for, holding
 from storage.backends.mapped import read_scattered
 from storage.backends.zarr3 import seal_name
 from storage.encodings import HeadArrays, Hidden
@@ -241,6 +241,40 @@ class Store:
             self.check_sealed(self.layout.shard_of(start))
         read_scattered(self.backend, self.manifest, name, ranges, out, positions)
 
+    @property
+    def is_far_away(self) -> bool:
+        """Whether every read is a request over a network, so that `read_window` pays."""
+        return isinstance(self.members[0].backend, IsFarAway)
+
+    def read_window(
+        self,
+        ranges: Sequence[tuple[int, int]],
+        outs: Mapping[str, Array],
+        positions: Array,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """What `read_scattered` does, for several arrays at once, of a store that is far away.
+
+        It takes few requests, many of them side by side.
+
+        Args:
+            ranges: first row and row after the last, each inside one shard, ascending.
+            outs: an array for each name, of the stored type and row shape.
+            positions: int64, a different place in each of `outs` for each row of the ranges.
+            is_stopped: asked now and then; once it says so, the rest is left unread.
+
+        Raises:
+            NotSealedError: some of the rows are not sealed.
+            DamageError: a checksum does not hold.
+        """
+        backend = self.backend
+        assert isinstance(backend, IsFarAway)
+        shards = dict.fromkeys(self.layout.shard_of(start) for start, _ in ranges)
+        for _ in backend.each(self.check_sealed, (shard for shard in shards if shard not in self._checked)):
+            if is_stopped():
+                return
+        backend.read_windows(ranges, outs, positions, is_stopped)
+
     def check_shard(self, shard: int) -> Seal:
         """Check a shard's objects and arrays against its seal, and give the seal.
 
@@ -288,8 +322,9 @@ class Store:
     ) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return open_store, (self.path,)
+    def __reduce__(self) -> tuple[object, tuple[Any, ...]]:
+        cache = getattr(self.members[0].backend, "cache_settings", None)
+        return open_store, (self.path,) if cache is None else (self.path, cache)
 
 
 def _check_out(out: Mapping[str, Array], spec: ArraySpec, num_rows: int) -> None:
@@ -312,21 +347,27 @@ def num_rows_of(layout: Layout, shards: Sequence[int]) -> int:
     return total
 
 
-def open_store(path: str | Path) -> Store:
+def open_store(path: str | Path, cache: CacheSettings | None = None) -> Store:
     """A store, or a series of stores as one, open for reading.
+
+    Args:
+        path: of the store, or its URL.
+        cache: for a store at a URL, where pieces of its objects are kept; None keeps none.
 
     Raises:
         PathError: there is no store at the path.
+        RemoteError: the URL can't be reached.
         NotSealedError: it is a series of which nothing is sealed yet.
         FormatVersionError: it is of a newer format version.
         DamageError: its manifest or final record was changed.
     """
     from storage.series import open_series  # a series is made of stores
 
+    backend = backend_for(path, cache)
     try:
-        return Store(backend_for(path))
+        return Store(backend)
     except PathError:
-        series = open_series(path)
+        series = open_series(path, cache)
         if series is None:
             raise
         return series
@@ -342,8 +383,9 @@ def open_one_store(path: str | Path) -> Store:
     """
     from storage.series import refuse_series
 
+    backend = backend_for(path)
     try:
-        return Store(backend_for(path))
+        return Store(backend)
     except PathError:
         refuse_series(path)
         raise

@@ -5,7 +5,7 @@ of a row, or of a shard, never changes, and whoever reads may look again for mor
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from storage.arrays import Array
-from storage.backends import Backend, backend_for
+from storage.backends import Backend, CacheSettings, backend_for
 from storage.encodings import HeadArrays
 from storage.errors import DamageError, MismatchError, NotSealedError, PathError
 from storage.manifest import Manifest
@@ -54,6 +54,7 @@ class Series(Store):
         path: the folder or URL.
         records: what lies there.
         record: what the members share.
+        cache: of the members' objects, where the series is at a URL; None for none.
 
     Raises:
         NotSealedError: nothing is sealed yet.
@@ -61,8 +62,8 @@ class Series(Store):
         MismatchError: a member was made from something else.
     """
 
-    def __init__(self, path: str, records: Records, record: SeriesRecord) -> None:
-        self._path, self._records, self.record = path, records, record
+    def __init__(self, path: str, records: Records, record: SeriesRecord, cache: CacheSettings | None = None) -> None:
+        self._path, self._records, self.record, self._cache = path, records, record, cache
         self.final = None
         self.manifest_sha256 = sha256(record.to_bytes())
         self.files: tuple[FilesRecord, ...] = ()
@@ -131,7 +132,7 @@ class Series(Store):
     def _open_member(self, found: FilesRecord) -> Store | None:
         """A member, or None where nothing of it is sealed yet."""
         try:
-            store = Store(backend_for(self.member_path(found)))
+            store = Store(backend_for(self.member_path(found), self._cache))
         except PathError:
             return None  # not begun
         try:
@@ -263,6 +264,22 @@ class Series(Store):
             self._members[member].read_scattered(name, own, out, positions[done : done + count])
             done += count
 
+    def read_window(
+        self,
+        ranges: Sequence[tuple[int, int]],
+        outs: Mapping[str, Array],
+        positions: Array,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Read ranges of sealed rows of several arrays at once; see `Store.read_window`."""
+        done = 0
+        for member, group in groupby(ranges, lambda pair: self.layout.member_of_row(pair[0])[0]):
+            first = self.layout.first_rows[member]
+            own = [(start - first, stop - first) for start, stop in group]
+            count = sum(stop - start for start, stop in own)
+            self._members[member].read_window(own, outs, positions[done : done + count], is_stopped)
+            done += count
+
     def check_shard(self, shard: int) -> Seal:
         """Check a shard's objects and arrays against its seal, and give the seal."""
         member, own = self.layout.member_of_shard(shard)
@@ -320,7 +337,7 @@ def differing_facts(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
     ]
 
 
-def open_series(path: str | Path) -> Series | None:
+def open_series(path: str | Path, cache: CacheSettings | None = None) -> Series | None:
     """The series at a path, open for reading, or None where there is none.
 
     Raises:
@@ -331,7 +348,7 @@ def open_series(path: str | Path) -> Series | None:
     """
     records = records_at(path)
     record = read_series_record(records, path)
-    return None if record is None else Series(str(path), records, record)
+    return None if record is None else Series(str(path), records, record, cache)
 
 
 def is_series(path: str | Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from storage.arrays import STATUS_OK, STATUS_UNWRITTEN, Array, Arrays
-from storage.backends import Backend, SealsShards, backend_for
+from storage.backends import Backend, IsFarAway, SealsShards, backend_for
 from storage.backends.files import clear_os_errors
 from storage.backends.zarr3 import seal_name
 from storage.encodings import HeadArrays, Hidden
@@ -79,7 +79,7 @@ class StoreWriter:
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
             raise MismatchError(
                 f"{store.path}: expected a run that goes on with this store, got other settings: "
-                f"{'; '.join(differences[:3])}{more}; use the same settings, or another path"
+                f"{'; '.join(differences[:3])}{more}; use the same settings, or another path{_removable(store)}"
             )
         if store.finalized:
             store.backend.seal_writing({}, store.sealed_shards())  # a kill may have left parts behind
@@ -265,3 +265,10 @@ class StoreWriter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _removable(store: Store) -> str:
+    """What else may be done with a store of which nothing is sealed, where nobody can tell whether it is in use."""
+    if not isinstance(store.backend, IsFarAway) or store.finalized or store.sealed_shards():
+        return ""
+    return "; nothing of it is sealed: if no other run is writing it, its objects may be removed"

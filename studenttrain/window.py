@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import threading
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -52,7 +53,8 @@ class TargetReader:
         if missing := set(self.names) - set(self._specs):
             raise ValueError(f"names: expected arrays that the store keeps, got {', '.join(sorted(missing))}")
         self.num_threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
-        self._pool = ThreadPoolExecutor(self.num_threads, "targets")
+        self._pool = ThreadPoolExecutor(1 if store.is_far_away else self.num_threads, "targets")
+        self._stopped = threading.Event()
         self._buffers: list[dict[str, Array]] = []
 
     def batches(
@@ -87,6 +89,7 @@ class TargetReader:
     def _windows(self, order: EpochOrder, index: int) -> Generator[tuple[Window, dict[str, Array]]]:
         """Windows `index`, index + 1, ..., filled; the buffers of one are reused when the next is asked for."""
         free = self._allocate(order.max_window_rows)
+        self._stopped.clear()
         pending: deque[tuple[Window, dict[str, Array], list[Future[None]]]] = deque()
         try:
             while pending or index < order.num_windows:
@@ -102,6 +105,7 @@ class TargetReader:
                 yield window, buffers
                 free.append(buffers)
         finally:
+            self._stopped.set()
             # what is running writes to buffers that the next epoch will use
             wait([future for _, _, futures in pending for future in futures if not future.cancel()])
 
@@ -116,6 +120,8 @@ class TargetReader:
 
     def _fill(self, window: Window, buffers: dict[str, Array]) -> list[Future[None]]:
         """Start to read a window's blocks into their places."""
+        if self.store.is_far_away:  # then one thread asks for all of them at once, and many wait for answers
+            return [self._pool.submit(self._read_window, window, buffers)]
         num_tasks = min(len(window.blocks), self.num_threads * TASKS_PER_THREAD)
         cuts = np.linspace(0, len(window.blocks), num_tasks + 1).astype(int).tolist()
         offsets = np.cumsum([0] + [stop - start for start, stop in window.blocks]).tolist()
@@ -131,8 +137,13 @@ class TargetReader:
         for name in self.names:
             self.store.read_scattered(name, ranges, buffers[name], positions_R)
 
+    def _read_window(self, window: Window, buffers: dict[str, Array]) -> None:
+        """Read all blocks of a window; what is left of it is dropped once nobody waits for it."""
+        self.store.read_window(window.blocks, buffers, window.positions_R, self._stopped.is_set)
+
     def close(self) -> None:
         """Stop the threads; what they are reading is finished, what waits is dropped."""
+        self._stopped.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Self:

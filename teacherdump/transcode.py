@@ -132,7 +132,7 @@ def transcode(
             )
         encoding, temperatures = choose_encoding(store.manifest, options, str(source))
         manifest = target_manifest(store, encoding, temperatures, options.compressor)
-        check_target(Path(source), Path(target), "transcoding", lambda there: _origin(there) == digest)
+        check_target(source, target, "transcoding", lambda there: _origin(there) == digest)
         reencode = _build_reencode(store, encoding, temperatures, options.device)
         head = store.head() if isinstance(encoding, Hidden) else None
         advance = progress or (lambda _: None)

@@ -1,6 +1,5 @@
 """`logitstore transcode`: found by `logitstore` through an entry point, since storage knows nothing of torch."""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,8 +13,8 @@ COMPRESSORS = ("none", "zstd")
 
 
 @click.command("transcode")
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("source")
+@click.argument("target")
 @click.option("--encoding", type=click.Choice(ENCODINGS), help="Of the new store; by default as it was.")
 @click.option("--k", type=int, metavar="N", help="Entries that topk keeps.")
 @click.option("--draws", type=int, metavar="N", help="Draws that sample takes of a row, 1 to 255.")
@@ -35,7 +34,7 @@ COMPRESSORS = ("none", "zstd")
 )
 @click.option("--compressor", type=click.Choice(COMPRESSORS), help="Default: zstd for topk and sample, else none.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda or cuda:N.")
-def transcode_command(source: Path, target: Path, **options: Any) -> None:
+def transcode_command(source: str, target: str, **options: Any) -> None:
     """Write a finalized store to TARGET in a smaller encoding, without the teacher. Run again, it goes on."""
     with command_errors():
         from storage.reader import open_one_store

@@ -5,7 +5,8 @@ holds the seal that it means to create; then the objects; then it marks the inte
 then it creates the seal. Each of these is written only if what it goes over is still what was seen, so that of two
 writers one is told. One that finds another's intent waits for the other's seal, and takes the intent over if nothing
 comes of it: from then on the first one's commit fails. A committed intent is never taken over: whoever finds it creates
-the seal that it holds.
+the seal that it holds. Once the seal is there the intent goes; who creates one after that looks for the seal again
+before anything is written.
 
 What a stopped writer may still do after its intent was taken over is an object that it creates where there is none, and
 the new owner sees it; or one put over an object that it had seen before, which by then is another. That leaves one gap:
@@ -112,8 +113,7 @@ class Sealing:
             data, state = found
             there = Intent.from_bytes(data, name)
             if there is not None and there.committed:
-                self.put_seal(self.seal_name, there.seal)
-                return there.seal == self.seal
+                return self._seal(there.seal) and there.seal == self.seal
             if there is None or there.seal != self.seal:
                 is_mine = there is not None and there.writer == self.writer  # of an attempt of this writer that failed
                 attempt = 0 if there is None else there.attempt
@@ -121,7 +121,12 @@ class Sealing:
                     self.place.put_over(name, replace(mine, attempt=attempt + 1).to_bytes(), state)
                 continue
             if self._write(name) and self.place.put_over(name, replace(there, committed=True).to_bytes(), state):
-                return self.put_seal(self.seal_name, self.seal)
+                return self._seal(self.seal)
+
+    def _seal(self, seal: bytes) -> bool:
+        is_there = self.put_seal(self.seal_name, seal)
+        self.place.delete(intent_name(self.seal_name))
+        return is_there
 
     def _write(self, name: str) -> bool:
         """Write every object; False where the intent is not of this seal any more."""

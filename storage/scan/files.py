@@ -7,9 +7,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from storage.backends import Backend, Hdf5Backend, ZarrBackend
+from storage.backends import Backend, Hdf5Backend, IsFarAway, ZarrBackend
 from storage.backends.files import bytes_digest
 from storage.backends.hdf5 import USER_BLOCK_START
+from storage.backends.remote_seal import intent_name
 from storage.backends.zarr_objects import GROUP, metadata_keys, open_metadata, seal_name
 from storage.encodings import Hidden
 from storage.errors import DamageError
@@ -119,24 +120,32 @@ def unexpected_files(store: Store, sealed: tuple[int, ...]) -> Iterator[str]:
     if isinstance(backend, Hdf5Backend):
         if store.finalized and backend.parts.exists():
             yield f"{backend.parts}: left behind when the store was finalized; it may be removed"
-    elif isinstance(backend, ZarrBackend):
-        others = sorted(_others(store, backend.path, frozenset(sealed)))
+    elif isinstance(backend, ZarrBackend | IsFarAway):
+        others = sorted(_others(store, _keys(backend), frozenset(sealed)))
         for key in others[:SHOWN_FILES]:
-            yield f"{backend.path / key}: not a file of the store"
+            yield f"{backend.location}/{key}: not a file of the store"
         if len(others) > SHOWN_FILES:
-            yield f"{backend.path}: {len(others) - SHOWN_FILES} more files that are not the store's"
+            yield f"{backend.location}: {len(others) - SHOWN_FILES} more files that are not the store's"
 
 
-def _others(store: Store, root: Path, sealed: frozenset[int]) -> Iterator[str]:
+def _keys(backend: ZarrBackend | IsFarAway) -> Iterator[str]:
+    """Names of all files, or objects, that are there; none where they can't be listed."""
+    if not isinstance(backend, ZarrBackend):
+        yield from backend.keys() or ()
+        return
+    for folder, _, names in os.walk(backend.path):
+        for name in names:
+            yield Path(folder, name).relative_to(backend.path).as_posix()
+
+
+def _others(store: Store, keys: Iterable[str], sealed: frozenset[int]) -> Iterator[str]:
     known = {MANIFEST, FINAL, "zarr.json", *(f"{spec.name}/zarr.json" for spec in store.manifest.arrays)}
     if isinstance(store.manifest.encoding, Hidden):
         known |= {HEAD_WEIGHT, HEAD_BIAS} if store.manifest.encoding.has_bias else {HEAD_WEIGHT}
     tails = {spec.name: ["0"] * len(spec.row_shape) for spec in store.manifest.arrays}
-    for folder, _, names in os.walk(root):
-        for name in names:
-            key = Path(folder, name).relative_to(root).as_posix()
-            if key not in known and not _of_shard(store, key, tails, sealed):
-                yield key
+    for key in keys:
+        if key not in known and not _of_shard(store, key, tails, sealed):
+            yield key
 
 
 def _of_shard(store: Store, key: str, tails: dict[str, list[str]], sealed: frozenset[int]) -> bool:
@@ -147,6 +156,9 @@ def _of_shard(store: Store, key: str, tails: dict[str, list[str]], sealed: froze
     parts = key.split("/")
     if parts[0] == "seals":
         shard = parts[-1].removesuffix(".json")
+        if writing and isinstance(store.backend, IsFarAway):
+            shard = shard.removesuffix(".intent")
+            return shard.isdigit() and key in (seal_name(int(shard)), intent_name(seal_name(int(shard))))
         return shard.isdigit() and key == seal_name(int(shard)) and (writing or int(shard) in sealed)
     if parts[0] not in tails or len(parts) < 3 or not parts[2].isdigit():
         return False

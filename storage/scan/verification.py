@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from storage.arrays import STATUS_OK, Array, Arrays
-from storage.backends import backend_for
+from storage.backends import IsFarAway, backend_for, holding
 from storage.encodings import HeadArrays
 from storage.errors import DamageError, FormatVersionError, NotSealedError, PathError
 from storage.reader import Store, num_rows_of
@@ -147,6 +147,8 @@ def _notes(store: Store, sealed: tuple[int, ...]) -> Iterator[str]:
         yield "no shard is sealed: there is nothing yet that the manifest could be checked against"
     elif not store.finalized:
         yield "not finalized: there is no content digest yet, and shards that are not sealed are not looked at"
+    if isinstance(store.backend, IsFarAway) and store.backend.keys() is None:
+        yield "HTTP can't list what is there: objects that are not the store's would not be found"
 
 
 def _missing_rows(store: Store, sealed: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -250,6 +252,11 @@ class _Findings:
 
 def _check_shard(store: Store, shard: int, head: HeadArrays | None, advance: Progress) -> _Shards:
     """Go through one shard once, block by block, with the digests of its arrays running along."""
+    with holding(store.backend, shard):
+        return _check_held(store, shard, head, advance)
+
+
+def _check_held(store: Store, shard: int, head: HeadArrays | None, advance: Progress) -> _Shards:
     findings = _Findings(store, shard)
     try:
         seal = store.seal(shard)
