@@ -18,6 +18,7 @@ from storage.errors import CorpusMismatchError, MismatchError, NotSealedError, S
 from storage.manifest import Manifest
 from storage.reader import Store, open_store
 from storage.records import canonical
+from storage.series import Series
 from studenttrain.config import FitConfig, differing_options
 from studenttrain.loss import check_loss, default_loss, uses_temperature
 from studenttrain.top1 import Meeting, meet_hard_targets
@@ -203,8 +204,16 @@ def say_meeting(store: Store, hard_targets: NDArray[np.int32] | None, quiet: boo
     return meeting
 
 
-def store_identity(store: Store) -> dict[str, str | None]:
-    """`digest` of what the manifest says, which holds while a store grows; `content_digest` once it is finalized."""
+def store_identity(store: Store) -> dict[str, str | int | None]:
+    """`digest` of what the manifest says, which holds while a store grows; `content_digest` once it is finalized.
+
+    Of a series, which only grows behind: `digest` of what its members share, `content_digest` of the first
+    `num_members`, those that are finalized.
+    """
+    if isinstance(store, Series):
+        count = store.num_finalized
+        digest = hashlib.sha256(canonical(dict(store.record.shared))).hexdigest()
+        return {"digest": digest, "content_digest": store.digest_of(count) if count else None, "num_members": count}
     digest = hashlib.sha256(canonical(store.manifest.identity())).hexdigest()
     return {"digest": digest, "content_digest": store.content_digest}
 
@@ -230,6 +239,8 @@ def check_same_store(then: Mapping[str, Any], store: Store) -> None:
         MismatchError: it is another.
     """
     now = store_identity(store)
+    if isinstance(store, Series) and then.get("num_members"):
+        now["content_digest"] = store.digest_of(int(then["num_members"]))
     finalized = then["content_digest"] is not None and now["content_digest"] is not None
     for name in ("content_digest",) if finalized else ("digest",):
         if then[name] != now[name]:

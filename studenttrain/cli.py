@@ -78,6 +78,7 @@ TOKEN_OPTIONS = (
     ("--val-labels", str, "Hard targets of --val-data, a file."),
     ("--val-targets", str, "Store made from --val-data by the same teacher: agreement, and the teacher's calibration."),
     *TOKEN_OPTIONS,
+    ("--replay", str, "Folder of a run: see again, in each epoch, just the shards that it saw."),
     ("--readers", int, "Threads that read samples.  [one a core, at most 8]"),
 )
 @click.option("--compile", is_flag=True, default=None, help="Put the student through torch.compile.")

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from studenttrain.optim import OPTIMIZERS, OptimizerName
@@ -65,6 +66,7 @@ class FitConfig:
         boundaries: of `data`, `.npy` of the offsets at which documents begin.
         separator: id of the token that ends a document.
         text_field: field of a JSONL line that holds its text; None is `text`.
+        replay: folder of a run whose epochs are seen again, just the shards of each; None sees what is sealed.
 
     Raises:
         ValueError: an option is out of range, contradicts another, or would be ignored.
@@ -107,6 +109,7 @@ class FitConfig:
     boundaries: str | None = None
     separator: int | None = None
     text_field: str | None = None
+    replay: str | None = None
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -119,6 +122,8 @@ class FitConfig:
             raise ValueError(f"warmup_steps: expected fewer than the {self.steps} steps, got {self.warmup_steps}")
         if self.val_data is None and self.val_labels is not None:
             raise ValueError("val_labels: expected val_data beside them, got none; give the corpus too")
+        if self.replay is not None and Path(self.replay).resolve() == Path(self.out).resolve():
+            raise ValueError(f"replay: expected another folder than --out, got '{self.replay}'; give --out a new one")
         if self.data is None:
             for name in ("corpus_kind", "labels", "array", "boundaries"):
                 if getattr(self, name) is not None:
@@ -127,7 +132,7 @@ class FitConfig:
 
     def _check_ranges(self) -> None:
         paths = ("targets", "data", "out", "init", "labels", "val_data", "val_labels", "val_targets", "boundaries")
-        for name in (*paths, "student", "tokenizer"):
+        for name in (*paths, "student", "tokenizer", "replay"):
             check_not_empty(name, getattr(self, name))
         counts = ("epochs", "steps", "batch_size", "accumulate", "readers")
         _check(self, counts, lambda value: value >= 1, "at least 1")

@@ -21,12 +21,17 @@ from storage.corpus import (
     check_preprocess,
     load_tokenizer,
     open_corpus,
+    rows_of_store,
     verify_corpus,
     verify_hard_targets,
 )
+from storage.corpus.growing import GrowingCorpus
+from storage.corpus.labels import NO_LABELS
 from storage.corpus.stored import StoredTokens
+from storage.corpus.without import whole_corpus
 from storage.errors import CorpusError, MismatchError, PathError, StudentError
 from storage.reader import Store
+from storage.series import Series
 from studenttrain.checkpoint import CHECKPOINT
 from studenttrain.checks import (
     Objective,
@@ -41,6 +46,7 @@ from studenttrain.checks import (
     store_identity,
 )
 from studenttrain.config import FitConfig
+from studenttrain.epochs import EPOCHS
 from studenttrain.export import CARD, StudentCard, fill_weights, load_card, load_student, say_difference
 from studenttrain.metrics import METRICS, TENSORBOARD
 from studenttrain.models import build_model
@@ -48,7 +54,9 @@ from studenttrain.models import build_model
 MAX_READERS = 8
 LOCK = ".lock"
 # What a run makes before its first checkpoint, and may leave behind without one.
-BEGINNING = frozenset({LOCK, METRICS, TENSORBOARD, f".{METRICS}.partial", f".{CHECKPOINT}.partial"})
+BEGINNING = frozenset(
+    {LOCK, METRICS, TENSORBOARD, EPOCHS, *(f".{name}.partial" for name in (METRICS, CHECKPOINT, EPOCHS))}
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,8 @@ def prepare(config: FitConfig, store: Store, stack: contextlib.ExitStack) -> Pre
     if hard_targets is None and store.manifest.has_hard_targets:
         hard_targets = stored_hard_targets(store)
     has_hard_targets = hard_targets is not None and bool((hard_targets >= 0).any())
+    if isinstance(store, Series):  # what is known of the first rows must not decide for all
+        has_hard_targets = store.manifest.has_hard_targets
     objective = choose_objective(config, store.manifest, has_hard_targets or store.manifest.sequences is not None)
     return Prepared(
         store=store,
@@ -170,7 +180,7 @@ def sequence_options(config: FitConfig, store: Store) -> SequenceOptions | None:
 def _open_data(config: FitConfig, store: Store, sequence: SequenceOptions | None) -> Corpus:
     """The corpus that is named, or the tokens that the store keeps."""
     if config.data is not None:
-        return open_corpus(config.data, config.corpus_kind, config.labels, config.array, sequence)
+        return open_data(config.data, config.corpus_kind, config.labels, config.array, sequence, store)
     if sequence is None:
         raise ValueError("data: expected the corpus that the store was made from, got none; give it: --data")
     for name in ("token_dtype", "separator", "text_field"):
@@ -179,12 +189,39 @@ def _open_data(config: FitConfig, store: Store, sequence: SequenceOptions | None
     return StoredTokens(store)
 
 
+def open_data(
+    path: str,
+    kind: str | None,
+    labels: str | None,
+    array: str | None,
+    sequence: SequenceOptions | None,
+    store: Store | None,
+) -> Corpus:
+    """The corpus at a path; beside a series, of the files that its members cover; beside a part, a part of it.
+
+    Raises:
+        CorpusError: it can't be used.
+        ValueError: options that the corpus has no use for.
+    """
+    if not isinstance(store, Series):
+        corpus = open_corpus(path, kind, labels, array, sequence)
+        return corpus if store is None else rows_of_store(store, corpus)
+    if labels is not None and labels != NO_LABELS:
+        raise ValueError(
+            f"labels: expected none beside a series of stores, whose corpus grows, got '{labels}'; leave them out: "
+            f"'{store.path}' keeps the hard targets that it was dumped with"
+        )
+    kind = kind or str(store.manifest.corpus["kind"])
+    return GrowingCorpus(store, lambda files: open_corpus(path, kind, labels, array, sequence, files=files))
+
+
 def _check_tokenizers(config: FitConfig, store: Store, corpus: Corpus) -> None:
     """Refuse a corpus or a student of another tokenizer than the store's."""
     if store.manifest.sequences is None:
         return
-    if isinstance(corpus, TokenCorpus) and corpus.tokenizer is not None:
-        check_tokenizer(store, corpus.tokenizer.fingerprint, f"corpus '{config.data}'")
+    whole = whole_corpus(corpus)
+    if isinstance(whole, TokenCorpus) and whole.tokenizer is not None:
+        check_tokenizer(store, whole.tokenizer.fingerprint, f"corpus '{config.data}'")
     if config.tokenizer is not None:
         check_tokenizer(store, load_tokenizer(config.tokenizer).fingerprint, f"tokenizer '{config.tokenizer}'")
     folder = config.student.removeprefix("hf:")
@@ -248,19 +285,19 @@ def _open_validation(
     if config.val_data is None:
         return None if config.val_targets is None else _stored_validation(config.val_targets, store, preprocess, stack)
     of_validation = None if sequence is None else replace(sequence, boundaries=None)
-    corpus = open_corpus(config.val_data, None, config.val_labels, None, of_validation)
+    val_store = None if config.val_targets is None else _open_val_targets(config.val_targets, store, stack)
+    corpus = open_data(config.val_data, None, config.val_labels, None, of_validation, val_store)
     check_student_input(preprocess, corpus, "--val-data")
     names, whose = store.manifest.class_names, f"store '{store.path}'"
     check_class_names(f"corpus '{config.val_data}'", corpus.class_names, names, whose)
     hard_targets = check_hard_targets(corpus, store.manifest.num_classes)
-    if config.val_targets is None:
+    if val_store is None:
         if hard_targets is None and sequence is None:
             raise CorpusError(
                 f"corpus '{config.val_data}': expected hard targets to validate on, got none; give --val-labels, or "
                 "--val-targets"
             )
         return Validation(corpus, None)
-    val_store = _open_val_targets(config.val_targets, store, stack)
     check_row_count(val_store, corpus)
     return Validation(corpus, val_store)
 
@@ -287,6 +324,27 @@ def _open_val_targets(path: str, store: Store, stack: contextlib.ExitStack) -> S
             "dump the validation corpus with the same teacher"
         )
     return val_store
+
+
+def look_again(prepared: Prepared) -> None:
+    """Take up what a series and its corpus grew by since.
+
+    Raises:
+        StoreError: a new member, or a file of it, does not fit.
+    """
+    prepared.store.refresh()
+    if isinstance(prepared.corpus, GrowingCorpus):
+        prepared.corpus.grow()
+
+
+def with_all_rows(prepared: Prepared) -> Prepared:
+    """The same, with the hard targets of all rows that a series has by now."""
+    if not isinstance(prepared.store, Series):
+        return prepared
+    hard_targets = check_hard_targets(prepared.corpus, prepared.store.manifest.num_classes)
+    if hard_targets is None and prepared.store.manifest.has_hard_targets:
+        hard_targets = stored_hard_targets(prepared.store)
+    return replace(prepared, hard_targets=hard_targets)
 
 
 def look_at_data(prepared: Prepared, quiet: bool) -> None:

@@ -100,6 +100,8 @@ class TargetStream:
         arrays: stored arrays to read, such as `loss.target_arrays` names.
         readers: threads that read samples, at least 1; None is one for each core, at most 8.
         prefetch: batches that are at least read ahead, from 1.
+        block_rows: of the order; None chooses it by the store.
+        window_blocks: of the order; None chooses it by the store.
 
     Attributes:
         ready: batches that are whole and come next, in order; there may be none, or more than are waited for.
@@ -121,6 +123,8 @@ class TargetStream:
         arrays: Sequence[str] = (),
         readers: int | None = None,
         prefetch: int = 2,
+        block_rows: int | None = None,
+        window_blocks: int | None = None,
     ) -> None:
         if batch_size < 1 or prefetch < 1 or (readers is not None and readers < 1):
             raise ValueError(
@@ -134,8 +138,8 @@ class TargetStream:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.arrays = tuple(arrays)
         self._prefetch = prefetch
-        self._block_rows = choose_block_rows(store.manifest)
-        self._window_blocks = choose_window_blocks(store.manifest, self._block_rows)
+        self._block_rows = block_rows or choose_block_rows(store.manifest)
+        self._window_blocks = window_blocks or choose_window_blocks(store.manifest, self._block_rows)
         self._epoch, self._batch = 0, 0
         self.ready: deque[StudentBatch] = deque()
         self._order: EpochOrder | None = None
@@ -160,6 +164,11 @@ class TargetStream:
     def batch(self) -> int:
         """Index of the next batch in its epoch, from 0."""
         return self._batch
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the shards of the epoch of the next batch are fixed."""
+        return self._order is not None
 
     @property
     def num_rows(self) -> int:

@@ -104,7 +104,7 @@ def meet_hard_targets(
     layout, shards = store.layout, store.sealed_shards()
     chunks = [layout.chunk_bounds(shard, chunk) for shard in shards for chunk in range(layout.num_chunks(shard))]
     row_bytes = max(spec.row_bytes for spec in store.manifest.arrays if spec.name in _answer_arrays(store))
-    most = max(1, max_bytes // (row_bytes * layout.chunk_rows))
+    most = max(1, max_bytes // (row_bytes * store.manifest.chunk_rows))
     if len(chunks) > most:
         chunks = [chunks[int(index)] for index in np.linspace(0, len(chunks) - 1, most)]
     num_met = num_rows = 0

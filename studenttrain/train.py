@@ -15,11 +15,14 @@ from storage.console import format_count, progress
 from storage.encodings import Hidden
 from storage.interruption import Interrupted, StopRequest, stop_requests
 from storage.layout import from_ranges
+from storage.series import Series
 from studenttrain.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from studenttrain.checks import check_same_data, check_same_run, check_same_store, data_identity, open_targets
 from studenttrain.config import FitConfig, parse_interval
 from studenttrain.distributed import World, join_world
 from studenttrain.ending import FitResult, end_run, ended_run
+from studenttrain.epoch_start import EpochStart, count_steps, is_over
+from studenttrain.epochs import EpochLog, Replay, load_replay
 from studenttrain.evaluate import evaluate
 from studenttrain.figures import EvalFigures
 from studenttrain.heads import Head
@@ -27,7 +30,14 @@ from studenttrain.learner import Learner, build_learner
 from studenttrain.loss import target_arrays
 from studenttrain.metrics import MetricsLog, StepLog
 from studenttrain.precision import check_precision
-from studenttrain.preparation import Prepared, build_student, hold_folder, look_at_data, prepare
+from studenttrain.preparation import (
+    Prepared,
+    build_student,
+    hold_folder,
+    look_at_data,
+    prepare,
+    with_all_rows,
+)
 from studenttrain.schedule import learning_rate
 from studenttrain.step import BatchLoader, Counts, LearningBatch, count_rows, load_batch, train_step
 from studenttrain.stream import StudentBatch, TargetStream
@@ -48,6 +58,7 @@ class Run:
         folder: where the run writes.
         data: what identifies the objective and the data beside the store, for the checkpoint.
         quiet: whether nothing is printed.
+        replay: the run whose epochs are seen again, or None.
     """
 
     config: FitConfig
@@ -56,6 +67,7 @@ class Run:
     folder: Path
     data: Mapping[str, Any]
     quiet: bool
+    replay: Replay | None = None
 
 
 def fit(config: FitConfig, quiet: bool = False) -> FitResult:
@@ -89,6 +101,7 @@ def fit(config: FitConfig, quiet: bool = False) -> FitResult:
             check_same_store(checkpoint["card"]["store"], store)
             if (ended := ended_run(folder, checkpoint["step"])) is not None:
                 return ended
+        replay = load_replay(config, store, quiet)
         prepared = prepare(config, store, stack)
         torch.manual_seed(config.seed)
         student = build_student(config, store, prepared.preprocess.shape, begins=checkpoint is None)
@@ -98,7 +111,7 @@ def fit(config: FitConfig, quiet: bool = False) -> FitResult:
             check_same_data(checkpoint["data"], data, config)
         world.main_first(lambda: look_at_data(prepared, quiet))
 
-        run = Run(config, prepared, world, folder, data, quiet)
+        run = Run(config, prepared, world, folder, data, quiet, replay)
         learner = build_learner(student, config, world, store.manifest.num_classes)
         stream = stack.enter_context(open_stream(run))
         if checkpoint is not None:
@@ -106,7 +119,7 @@ def fit(config: FitConfig, quiet: bool = False) -> FitResult:
             stream.restore(checkpoint["stream"])
         metrics = stack.enter_context(MetricsLog(folder, learner.step)) if world.is_main else None
         figures = train(run, learner, stream, metrics)
-        return end_run(config, prepared, world, folder, learner, figures)
+        return end_run(config, with_all_rows(prepared), world, folder, learner, figures)
 
 
 def train(  # noqa: C901 - the loop is to be read in one piece
@@ -133,9 +146,9 @@ def train(  # noqa: C901 - the loop is to be read in one piece
         return load_batch(batch, run.prepared.store.manifest, objective, hard_targets, world.device, head)
 
     load = BatchLoader(load_one, stream.ready)
-    begin_epoch(run, stream)
-    if not is_over(config, learner.step, stream.epoch):
-        count_steps(config, learner.step, stream)  # refuses a warm-up that would not end, before anything is written
+    epochs = EpochLog(run.folder, stream.epoch) if world.is_main else None
+    begin = EpochStart(config, run.prepared, world, run.replay, epochs).begin
+    begin(learner.step, stream)  # refuses a warm-up that would not end, before anything is written
     if not run.quiet:
         click.echo(describe_start(run, learner, stream), err=True)
     if learner.step == 0:
@@ -150,7 +163,7 @@ def train(  # noqa: C901 - the loop is to be read in one piece
                 figures = validate(run, learner, metrics, saver, request, ended) or figures
             if ended:
                 return figures
-            begin_epoch(run, stream)
+            begin(learner.step, stream)
             epoch, total_steps = stream.epoch, count_steps(config, learner.step, stream)
             with closing_batches(stream) as batches:
                 for group in groups(batches, config.accumulate):
@@ -275,6 +288,8 @@ def open_stream(run: Run) -> TargetStream:
         world_size=run.world.size,
         arrays=target_arrays(prepared.store.manifest) if prepared.objective.is_soft else (),
         readers=prepared.readers,
+        block_rows=None if run.replay is None else run.replay.block_rows,
+        window_blocks=None if run.replay is None else run.replay.window_blocks,
     )
 
 
@@ -284,11 +299,6 @@ def prepared_head(run: Run) -> Head | None:
     if arrays is None or not isinstance(encoding, Hidden) or not run.prepared.objective.is_soft:
         return None
     return target_head(encoding, arrays, run.world.device)
-
-
-def begin_epoch(run: Run, stream: TargetStream) -> None:
-    """Fix the shards of the stream's epoch, the same ones on every rank though the dump may be sealing more."""
-    stream.begin_epoch(run.world.from_main(run.prepared.store.sealed_shards()))
 
 
 def groups(batches: Iterator[StudentBatch], size: int) -> Iterator[list[StudentBatch]]:
@@ -311,29 +321,6 @@ def closing_batches(stream: TargetStream) -> Iterator[Iterator[StudentBatch]]:
     finally:
         if isinstance(batches, Generator):
             batches.close()
-
-
-def is_over(config: FitConfig, step: int, epoch: int) -> bool:
-    """Whether so many steps, or epochs, are all of the run."""
-    return step >= config.steps if config.steps is not None else epoch >= (config.epochs or 0)
-
-
-def count_steps(config: FitConfig, step: int, stream: TargetStream) -> int:
-    """Optimizer steps of the whole run, if its other epochs are as long as this one.
-
-    Raises:
-        ValueError: the warm-up would not end.
-    """
-    if config.steps is not None:
-        return config.steps
-    left = -(-(stream.num_batches - stream.batch) // config.accumulate)
-    others = (config.epochs or 0) - stream.epoch - 1
-    total = step + left + others * -(-stream.num_batches // config.accumulate)
-    if config.warmup_steps >= total:
-        raise ValueError(
-            f"warmup_steps: expected fewer than the {total} steps of the run, got {config.warmup_steps}; warm up less"
-        )
-    return total
 
 
 def rows_left(run: Run, learner: Learner, stream: TargetStream) -> int:
@@ -366,6 +353,10 @@ def describe_start(run: Run, learner: Learner, stream: TargetStream) -> str:
             f"\n{format_count(stream.num_rows)} of {format_count(store.manifest.num_rows)} rows are sealed so far; "
             "each epoch takes those that are sealed when it begins"
         )
+    elif isinstance(store, Series) and run.replay is None:
+        text += "\na series: each epoch takes the rows that are sealed when it begins"
+    if run.replay is not None:
+        text += f"\nas in the run '{run.replay.run}': each epoch takes the rows that it took there"
     return text
 
 

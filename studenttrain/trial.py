@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from storage.console import progress
-from storage.corpus import Corpus, Preprocess, SequenceOptions, TokenCorpus, open_corpus
+from storage.corpus import Corpus, Preprocess, SequenceOptions, TokenCorpus
 from storage.corpus.stored import StoredTokens
+from storage.corpus.without import whole_corpus
 from storage.errors import MismatchError
 from storage.reader import Store
 from studenttrain.checks import check_class_names, check_hard_targets, check_row_count, check_same_classes, open_targets
@@ -16,7 +17,7 @@ from studenttrain.distributed import join_world
 from studenttrain.evaluate import DEFAULT_BATCH_SIZE, evaluate
 from studenttrain.export import StudentCard, load_student
 from studenttrain.figures import EvalFigures
-from studenttrain.preparation import check_student_input, default_readers
+from studenttrain.preparation import check_student_input, default_readers, open_data
 
 
 def try_student(
@@ -84,7 +85,7 @@ def try_student(
                 store, card, {**options, "corpus_kind": corpus_kind, "labels": labels, "array": array}
             )
         else:
-            corpus = open_corpus(data, corpus_kind, labels, array, _sequence_options(card, options))
+            corpus = open_data(data, corpus_kind, labels, array, _sequence_options(card, options), store)
         preprocess = Preprocess.from_json(card.preprocess)
         check_student_input(preprocess, corpus, "--data")
         _check_tokenizers(card, corpus, store, where)
@@ -138,8 +139,9 @@ def _check_tokenizers(card: StudentCard, corpus: Corpus, store: Store | None, wh
     """Refuse a corpus, or a store, of another tokenizer than the student's."""
     expected = None if card.sequences is None else card.sequences["tokenizer"]
     found: dict[str, str | None] = {}
-    if isinstance(corpus, TokenCorpus) and corpus.tokenizer is not None:
-        found[f"corpus '{corpus.path}'"] = corpus.tokenizer.fingerprint
+    whole = whole_corpus(corpus)
+    if isinstance(whole, TokenCorpus) and whole.tokenizer is not None:
+        found[f"corpus '{corpus.path}'"] = whole.tokenizer.fingerprint
     if store is not None and store.manifest.sequences is not None:
         found[f"store '{store.path}'"] = store.manifest.sequences.tokenizer
     for whose, fingerprint in found.items():

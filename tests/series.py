@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from storage.corpus import open_corpus
+from storage.corpus import list_files, open_corpus, without_rows
+from storage.layout import from_ranges
 from storage.reader import open_one_store
 from storage.series_records import (
     SERIES,
@@ -42,3 +43,25 @@ def write_series(folder: Path, sizes: Sequence[int], **store: Any) -> Path:
     for member, num_rows in enumerate(sizes):
         write_member(folder, member, num_rows, **store)
     return folder
+
+
+def write_image_member(
+    folder: Path,
+    data: Path,
+    member: int,
+    names: Sequence[str],
+    left_out: tuple[tuple[int, int], ...] = (),
+    **store: Any,
+) -> Path:
+    """Add a member of some images of a folder to a series, and `series.json` where it is not there yet."""
+    records, suffix = FolderRecords(folder), store.pop("suffix", ".zarr")
+    entries = {entry.name: entry for entry in list_files(data, "images")}
+    covered = tuple(CoveredFile(name, entries[name].num_bytes, entries[name].version) for name in names)
+    corpus = without_rows(open_corpus(data, "images", files=names), set(from_ranges(left_out)))
+    folder.mkdir(parents=True, exist_ok=True)
+    record = FilesRecord(member, covered, corpus.num_samples, left_out, "digest" if left_out else None)
+    records.put_new(files_name(member), record.to_bytes())
+    path = write_targets(folder / member_name(member, suffix), corpus, **{"shard_rows": 8, **store})
+    with open_one_store(path) as written:
+        records.put_new(SERIES, SeriesRecord(suffix, shared_facts(written.manifest)).to_bytes())
+    return path

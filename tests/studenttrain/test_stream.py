@@ -412,7 +412,7 @@ def test_nothing_before_the_window_in_hand_is_read(
         read.update(row for start, stop in ranges for row in range(start, stop))
         real(backend, manifest, name, ranges, out, positions)
 
-    monkeypatch.setattr("studenttrain.window.read_scattered", spy)
+    monkeypatch.setattr("storage.reader.read_scattered", spy)
     with stream_of(store, corpus) as stream:
         stream.restore(stream.state() | {"batch": 8, "sealed": [[0, 6]]})
         order = stream.begin_epoch()

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,14 @@ from storage.encodings import TopK
 from storage.errors import StudentError
 from storage.reader import open_store
 from storage.writer import StoreWriter
+from studenttrain import epoch_start
 from studenttrain.checkpoint import CHECKPOINT, load_checkpoint
 from studenttrain.checks import Objective
 from studenttrain.distributed import World
 from studenttrain.learner import build_learner
 from studenttrain.loss import target_arrays
 from studenttrain.models import build_model
-from studenttrain.preparation import stored_preprocess
+from studenttrain.preparation import Prepared, stored_preprocess
 from studenttrain.step import BatchLoader, Counts, LearningBatch, count_rows, load_batch, train_step
 from studenttrain.stream import StudentBatch, TargetStream
 from studenttrain.train import fit
@@ -277,18 +279,15 @@ def test_a_student_may_train_while_the_store_grows(tmp_path: Path) -> None:
 def test_rows_sealed_during_a_run_are_taken_up_by_the_next_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import studenttrain.train as module
-
     ground = make_ground(tmp_path, shards=(0,), finalize=False)
-    begun = []
+    real = epoch_start.epoch_shards
 
-    def begin(run: module.Run, stream: TargetStream) -> None:
-        if stream.epoch == 1 and stream.batch == 0:
+    def shards(prepared: Prepared, world: World, replay: None, epoch: int) -> Sequence[int]:
+        if epoch == 1:
             write_targets(ground.targets, open_corpus(ground.data), finalize=False)
-        stream.begin_epoch(run.prepared.store.sealed_shards())
-        begun.append(stream.num_rows)
+        return real(prepared, world, replay, epoch)
 
-    monkeypatch.setattr(module, "begin_epoch", begin)
+    monkeypatch.setattr(epoch_start, "epoch_shards", shards)
     result = fit(ground.config(epochs=2), quiet=True)
     assert result.num_rows_seen == 16 + 96
 
