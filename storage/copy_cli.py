@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     "that every such store has come along.",
 )
 @click.option("--k", type=int, help="Take so many entries of a topk store.")
-@click.option("--threads", type=click.IntRange(1), help="Shards at once; by default one a core, 16 with a URL.")
+@click.option("--threads", type=click.IntRange(1), help="Shards at once; by default one a core, 8 with a URL.")
 def copy_command(
     source: str, target: str, rows: str | None, arrays: str | None, k: int | None, threads: int | None
 ) -> None:

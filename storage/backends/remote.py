@@ -187,7 +187,10 @@ class RemoteBackend:
             seal_of: the seal record of the objects.
         """
         objects = self._encoded(shard, arrays)
-        seal = seal_of({key: bytes_digest(data) for key, data in objects.items()})
+        return self.seal_objects(shard, objects, seal_of({key: bytes_digest(data) for key, data in objects.items()}))
+
+    def seal_objects(self, shard: int, objects: Mapping[str, bytes], seal: bytes) -> bool:
+        """Write a shard's objects as they shall lie and create its seal; False where another writer's is there."""
         sealing = Sealing(
             self.place,
             seal_name(shard),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from storage.backends import backend_for
+from storage.backends import backend_for, holding
 from storage.errors import DamageError, MismatchError, NotSealedError, PathError
 from storage.exclusive import sole_run
 from storage.manifest import COMPRESSION, TIGHT, Manifest
@@ -174,7 +174,8 @@ def _copy(store: Store, writer: StoreWriter, num_workers: int | None, advance: P
     def copy_shard(shard: int) -> int:
         seal = store.seal(shard)
         names = [spec.name for spec in store.manifest.arrays]
-        arrays = store.read(names, seal.start, seal.stop)
+        with holding(store.backend, shard):
+            arrays = store.read(names, seal.start, seal.stop)
         digests = array_digests(arrays)
         for name in names:
             if digests[name] != seal.arrays.get(name):

@@ -2,10 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self, runtime_checkable
 
 import xxhash
 
@@ -25,7 +25,15 @@ from storage.scan.selection import Chosen, Selection, check_sealed_rows, choose,
 from storage.urls import is_url
 from storage.writer import StoreWriter
 
-REMOTE_WORKERS = 16  # shards that are on their way at once, where waiting costs more than working
+REMOTE_WORKERS = 8  # shards that are on their way at once, where waiting costs more than working
+
+
+@runtime_checkable
+class SealsObjects(Protocol):
+    """A backend without locks, whose shards are written and sealed in one, so that one of several writers wins."""
+
+    def seal_objects(self, shard: int, objects: Mapping[str, bytes], seal: bytes) -> bool:
+        """Write a shard's objects as they shall lie and create its seal; False where another writer's is there."""
 
 
 @dataclass(frozen=True)
@@ -307,11 +315,17 @@ class _Mirror:
                 "another copy of the store",
                 shard=seal.shard,
             )
+        record = self._record(seal_name(seal.shard))
         with clear_os_errors(backend.location), backend.lock_shard(seal.shard):
-            if backend.get_record(seal_name(seal.shard)) is None:
+            if backend.get_record(seal_name(seal.shard)) is not None:
+                pass
+            elif isinstance(backend, SealsObjects):
+                objects = {key: b"".join(self._checked(seal, key)) for key in sorted(expected)}
+                backend.seal_objects(seal.shard, objects, record)
+            else:
                 for key in sorted(expected):
                     self._there.write_object(key, self._checked(seal, key))
-                backend.put_record(seal_name(seal.shard), self._record(seal_name(seal.shard)))
+                backend.put_record(seal_name(seal.shard), record)
         self._check_same(seal)
 
     def _checked(self, seal: Seal, key: str) -> Iterator[bytes]:

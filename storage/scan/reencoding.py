@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from storage.arrays import STATUS_OK, Array, Arrays
+from storage.backends import holding
 from storage.encodings import Hidden, TopK
 from storage.encodings.dense import loaded_values, stored_values
 from storage.encodings.statistics import logsumexp
@@ -90,11 +91,12 @@ def _checked_blocks(store: Store, shard: int) -> Iterator[tuple[int, dict[str, A
     """All arrays of a shard, block by block, each with its first row; at the end they are held against the seal."""
     seal, names = store.seal(shard), [spec.name for spec in store.manifest.arrays]
     running = {name: hashlib.sha256() for name in names}
-    for block in blocks(store.manifest, shard):
-        arrays = store.read(names, block.start, block.stop)
-        for name, values in arrays.items():
-            running[name].update(np.ascontiguousarray(values).data.cast("B"))
-        yield block.start, arrays
+    with holding(store.backend, shard):
+        for block in blocks(store.manifest, shard):
+            arrays = store.read(names, block.start, block.stop)
+            for name, values in arrays.items():
+                running[name].update(np.ascontiguousarray(values).data.cast("B"))
+            yield block.start, arrays
     for name, state in running.items():
         if state.hexdigest() != seal.arrays.get(name):
             raise DamageError.in_shard(store.path, name, shard, None, "the sealed sha256 to hold, got another")

@@ -10,6 +10,7 @@ import pytest
 from storage.encodings import Dense, Encoding, TopK
 from storage.errors import DamageError, MismatchError, NotSealedError, PathError
 from storage.reader import open_store
+from storage.records import sha256
 from storage.scan import convert, verify
 from tests.storage.scan_stores import manifest_of, write_store
 
@@ -47,7 +48,12 @@ def test_the_provenance_is_kept_and_says_where_the_store_comes_from(tmp_path: Pa
     with open_store(tmp_path / "b.h5") as store:
         assert store.manifest.provenance == {
             "made": "2020-01-01",
-            "converted_from": {"content_digest": result.content_digest, "name": "a.zarr", "compressor": "none"},
+            "converted_from": {
+                "content_digest": result.content_digest,
+                "manifest_sha256": sha256((tmp_path / "a.zarr" / "manifest.json").read_bytes()),
+                "name": "a.zarr",
+                "compressor": "none",
+            },
         }
         assert store.manifest.compressor == "zstd"
     assert result.num_rows == 22
