@@ -69,10 +69,11 @@ def find_columns(schema: Any, columns: Columns, wants_classes: bool, where: str)
     types = {name: _plain(schema.field(name).type) for name in schema.names}
     if len(types) != len(schema.names):
         raise CorpusError(f"{where}: expected columns of different names, got one twice; rename them")
+    image = _image_column(types, columns.image, where)
     label = _label_column(types, columns.label, where) if wants_classes else None
     key = KEY_NAME if KEY_NAME in types and (_is_text(types[KEY_NAME]) or _is_integer(types[KEY_NAME])) else None
     names = None if label is None else _class_names(schema.metadata or {}, label)
-    return FoundColumns(_image_column(types, columns.image, where), label, key, names)
+    return FoundColumns(image, label, key, names)
 
 
 def find_text(schema: Any, name: str | None, where: str) -> str:

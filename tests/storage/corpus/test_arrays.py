@@ -1,6 +1,8 @@
+import io
 import json
 import pickle
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.corpus import SampleError, open_corpus, tables
+from storage.corpus import SampleError, default_preprocess, open_corpus, read_batch, sample_digests, tables
 from storage.corpus.arrays import _take
 from storage.corpus.protocol import ReadsRows
 from storage.errors import CorpusError
+from storage.remote import open_place
 from tests.builders import random_pixels, write_npz
+from tests.s3 import S3Server
 
 X = np.random.default_rng(0).normal(size=(30, 3, 4)).astype(np.float32)
 Y = np.arange(30) % 5
@@ -353,3 +357,96 @@ class Sliced:
 def test_rows_in_any_order_are_gathered_from_slices(rows: list[int]) -> None:
     values = random_pixels(100, 3)
     assert np.array_equal(_take(Sliced(values), np.array(rows)), values[rows])
+
+
+# Behind a URL
+
+
+def test_an_array_behind_a_url_is_the_corpus_that_it_is_on_disk(s3: S3Server, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(50, 3, 4)).astype(">f4")
+    np.save(tmp_path / "a.npy", values)
+    np.save(tmp_path / "y.npy", np.arange(50))
+    url = s3.url("a.npy")
+    open_place(url).put("", (tmp_path / "a.npy").read_bytes())
+    local = open_corpus(tmp_path / "a.npy")
+    for place in (url, s3.http(url)):
+        remote = pickle.loads(pickle.dumps(open_corpus(place, labels=tmp_path / "y.npy")))
+        assert (remote.kind, remote.path, remote.fingerprint) == ("arrays", place, local.fingerprint)
+        np.testing.assert_array_equal(sample_digests(remote, 0, 50), sample_digests(local, 0, 50))
+        batch = read_batch(remote, [49, 3, 3, 17], default_preprocess(remote))
+        np.testing.assert_array_equal(batch.inputs, values[[49, 3, 3, 17]])
+        assert pickle.loads(pickle.dumps(remote.part(5, 9))).read_raw(7) == local.read_raw(7)
+    before = s3.ask()["bytes"]
+    remote.read_rows(np.arange(10, 20))
+    assert s3.ask()["bytes"] - before == 10 * 48
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: npy_of(np.asfortranarray(np.zeros((3, 2)))),
+            "expected an array in C order, .* got one in Fortran order",
+        ),
+        (
+            lambda: npy_of(np.zeros((30, 20)))[:-8],
+            r"expected 4928 bytes for the shape \(30, 20\), got 4920; the file is",
+        ),
+        (lambda: npy_of(np.array([["a"]], object)), "expected numbers, got an array of pickled Python objects"),
+        (lambda: b"something", "expected a whole .npy array, got a damaged one"),
+        (
+            lambda: claiming((10**15, 8)),
+            r"expected \d+ bytes for the shape \(1000000000000000, 8\), got 128; the file is",
+        ),
+        (None, "expected a .npy file, got nothing there; check the URL"),
+    ],
+)
+def test_arrays_behind_a_url_that_can_t_be_used_are_refused(
+    s3: S3Server, make: Callable[[], bytes] | None, message: str
+) -> None:
+    url = s3.url("a.npy")
+    if make is not None:
+        open_place(url).put("", make())
+    with pytest.raises(CorpusError, match=message):
+        open_corpus(url)
+    with pytest.raises(ValueError, match=r"array: expected a file of several arrays for 'x', got a .npy; leave it out"):
+        open_corpus(url, array="x")
+
+
+def test_kinds_that_are_not_read_by_url_say_what_to_do(s3: S3Server) -> None:
+    for name, found in (("zarr.json", "got Zarr"), ("a.txt", "got 'a.txt' and others")):
+        url = s3.url("x")
+        open_place(url).put(name, b"{}")
+        with pytest.raises(CorpusError, match=f"{found}.* to this machine first"):
+            open_corpus(url)
+    url = s3.url("x")
+    with pytest.raises(
+        CorpusError, match=r"expected images, .tar or .parquet files, or one .npy, got nothing there; check"
+    ):
+        open_corpus(url)
+    for kind in ("idx", "tokens", "text"):
+        with pytest.raises(
+            CorpusError, match=rf"expected a kind that is read by URL \(.*\), got {kind}; copy it to this"
+        ):
+            open_corpus(url, kind=kind)
+    with pytest.raises(
+        CorpusError, match=r"expected a .tar, .parquet or .npy file over HTTP, .* got another URL; copy it"
+    ):
+        open_corpus(s3.http(url))
+    with pytest.raises(CorpusError, match="got parquet; leave --corpus-kind out"):
+        open_corpus(f"{url}/a.parquet", kind="images")
+    open_place(url).put("manifest.json", b"{}")
+    with pytest.raises(CorpusError, match="expected the samples, got a store of soft targets; give it as --targets"):
+        open_corpus(url)
+
+
+def npy_of(values: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, values, allow_pickle=True)
+    return stream.getvalue()
+
+
+def claiming(shape: tuple[int, ...]) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    return stream.getvalue()
