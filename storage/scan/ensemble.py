@@ -21,6 +21,7 @@ from storage.encodings.values import ValueType
 
 Combine = Literal["mean-probs", "mean-logits"]
 
+HALF = (2.0**-11, 2.0**-25)  # what float16 moves a number by: a share of it, and this much where it is small
 ROUNDING = 1e-9  # of a probability: less than a stored float32 can tell
 
 
@@ -205,8 +206,8 @@ def _entropy_by_member(
 ) -> tuple[Array, Array]:
     """The least and the most that the entropy of the mean may be, nats (R,), from the members' own, which are known.
 
-    H(mean) = mean of H + JSD. The JSD over the classes that all members keep and one bucket of all others is known, and
-    no more than the true one; inside the bucket, where the members' masses are w, there is at most
+    H(mean) = mean of H, stored as float16, + JSD. The JSD over the classes that all members keep and one bucket of all
+    others is known, and no more than the true one; inside the bucket, where the members' masses are w, there is at most
     sum w_m log(sum w / w_m) / M more (the chain rule, and that JSD is at most the entropy of the weights).
     """
     num_members = len(parts)
@@ -218,8 +219,8 @@ def _entropy_by_member(
     together_R = _surprise(np.where(is_shared_RE & is_first_RE, mean_RE, 0.0)).sum(axis=1)
     jsd_R = together_R - shared_R + _surprise(total_R / num_members) - _surprise(mass_MR).mean(axis=0)
     inside_R = (_surprise(mass_MR).sum(axis=0) - _surprise(total_R)) / num_members
-    low_R: Array = mean_H_R + np.maximum(jsd_R, 0)
-    return low_R, low_R + np.maximum(inside_R, 0)
+    middle_R, rounding_R = mean_H_R + np.maximum(jsd_R, 0), mean_H_R * HALF[0] + HALF[1]
+    return middle_R - rounding_R, middle_R + np.maximum(inside_R, 0) + rounding_R
 
 
 def _entropy_by_class(
