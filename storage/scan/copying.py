@@ -16,7 +16,7 @@ from storage.errors import DamageError, MismatchError, NotSealedError, PathError
 from storage.exclusive import sole_run
 from storage.head import HEAD_BIAS, HEAD_WEIGHT
 from storage.reader import Store, open_one_store
-from storage.records import MANIFEST, QuarantineEntry, Seal
+from storage.records import MANIFEST, QuarantineEntry, Seal, sha256
 from storage.scan.conversion import check_digest, check_target, rewrite, target_manifest
 from storage.scan.files import MAX_METADATA_BYTES, MovesObjects, check_metadata
 from storage.scan.passes import Progress, fold_shards, one_at_a_time
@@ -142,7 +142,7 @@ class _Copy:
             check_target(self.store.path, self.target, "copy", lambda _: True)  # whose manifest is looked at below
             with sole_run(self.target), _Mirror(self.store, here, there, there, self.moved) as mirror:
                 return self._result(mirror.fill(self.num_workers, self.advance))
-        if isinstance(here, Hdf5Backend) and isinstance(there, Hdf5Backend) and self.store.finalized:
+        if isinstance(here, Hdf5Backend) and isinstance(there, Hdf5Backend) and self._is_same_file(there):
             check_target(self.store.path, self.target, "copy", lambda _: True)
             with sole_run(self.target):
                 _copy_file(self.store, here.path, there, self.advance, self.moved)
@@ -150,6 +150,11 @@ class _Copy:
         manifest = target_manifest(self.store, None)
         rewrite(self.store, self.target, manifest, self.num_workers, self.advance)
         return self._result(Store(backend_for(self.target)))
+
+    def _is_same_file(self, there: Hdf5Backend) -> bool:
+        """Whether the target is a final file to be copied, and not shards that were taken while the source grew."""
+        found = there.get_record(MANIFEST) if there.exists() else None
+        return self.store.finalized and (found is None or sha256(found) == self.store.manifest_sha256)
 
     def _result(self, copied: Store) -> CopyResult:
         with copied:
@@ -355,7 +360,7 @@ def _copy_file(store: Store, source: Path, there: Hdf5Backend, advance: Progress
     target = there.path
     if target.exists():
         with Store(Hdf5Backend(target)) as copied:
-            if copied.manifest_sha256 != store.manifest_sha256 or copied.content_digest != store.content_digest:
+            if copied.content_digest != store.content_digest:
                 raise MismatchError(f"{target}: expected nothing, or this copy, got another store; give another path")
         advance(2 * store.num_sealed_rows)
         return
