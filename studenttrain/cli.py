@@ -8,7 +8,7 @@ import click
 
 from storage.console import command_errors
 
-CORPUS_HELP = "images (a folder), idx or arrays; found from what is there"
+CORPUS_HELP = "images (a folder), idx, arrays, webdataset or parquet; found from what is there"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -37,7 +37,7 @@ TOKEN_OPTIONS = (
     ("--token-dtype", str, "Of the ids in a .bin, such as uint16."),
     ("--boundaries", str, "Where documents begin among the tokens of --data: offsets, .npy."),
     ("--separator", int, "The token that ends a document."),
-    ("--text-field", str, "Field of a JSONL line that holds its text.  [text]"),
+    ("--text-field", str, "Field of a JSONL line, or column, that holds the text.  [text]"),
 )
 
 
@@ -74,10 +74,14 @@ TOKEN_OPTIONS = (
     ("--corpus-kind", str, f"{CORPUS_HELP}."),
     ("--labels", str, "Hard targets of --data, a file.  [found beside it]"),
     ("--array", str, "Array in --data, where it holds several."),
+    ("--image-column", str, "Column of Parquet files that holds the images.  [found]"),
+    ("--label-column", str, "Column of Parquet files that holds the classes.  [found]"),
     ("--val-data", str, "Corpus to validate on after each epoch."),
     ("--val-labels", str, "Hard targets of --val-data, a file."),
     ("--val-targets", str, "Store made from --val-data by the same teacher: agreement, and the teacher's calibration."),
     *TOKEN_OPTIONS,
+    ("--cache", str, "Folder in which pieces of stores at URLs are kept, for later epochs and runs."),
+    ("--cache-size", str, "Of --cache, such as 500MB.  [10GB]"),
     ("--replay", str, "Folder of a run: see again, in each epoch, just the shards that it saw."),
     ("--readers", int, "Threads that read samples.  [one a core, at most 8]"),
 )
@@ -106,6 +110,8 @@ def fit(quiet: bool, **options: Any) -> None:
     ("--labels", str, "Hard targets of the corpus, a file.  [found beside it]"),
     ("--corpus-kind", str, f"{CORPUS_HELP}."),
     ("--array", str, "Array in the corpus, where it holds several."),
+    ("--image-column", str, "Column of Parquet files that holds the images.  [found]"),
+    ("--label-column", str, "Column of Parquet files that holds the classes.  [found]"),
     ("--device", str, "auto, cpu, cuda or cuda:N.  [auto]"),
     ("--batch-size", int, "Samples of a batch.  [512]"),
     ("--readers", int, "Threads that read samples.  [one a core, at most 8]"),

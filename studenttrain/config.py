@@ -7,6 +7,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from storage.backends.cache import CacheSettings
+from storage.console import parse_size
+from storage.corpus.parquet_columns import Columns
+from storage.urls import is_url
 from studenttrain.optim import OPTIMIZERS, OptimizerName
 from studenttrain.precision import PRECISIONS, Precision
 from studenttrain.schedule import SCHEDULES, Schedule
@@ -14,10 +18,25 @@ from studenttrain.schedule import SCHEDULES, Schedule
 # Options that say where things lie or how they are computed, not what is computed: these may change on going on.
 # The store, the corpora and the weights behind the paths are held to by their digests.
 FREE_ON_RESUME = (
-    *("targets", "data", "corpus_kind", "labels", "array", "val_data", "val_labels", "val_targets", "init", "out"),
+    *(
+        "targets",
+        "data",
+        "corpus_kind",
+        "labels",
+        "array",
+        "image_column",
+        "label_column",
+        "val_data",
+        "val_labels",
+        "val_targets",
+        "init",
+        "out",
+    ),
     *("tokenizer", "token_dtype", "boundaries", "separator", "text_field"),
-    *("device", "compile", "checkpoint_every", "readers"),
+    *("device", "compile", "checkpoint_every", "readers", "cache", "cache_size"),
 )
+
+DEFAULT_CACHE_SIZE = "10GB"
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,8 @@ class FitConfig:
         corpus_kind: of `data`; None finds it.
         labels: hard targets of `data`, a file; None finds them.
         array: name of the array in `data`, where it holds several.
+        image_column: column of encoded images in Parquet files, those of `val_data` too; None finds it.
+        label_column: column of class numbers in Parquet files, those of `val_data` too; None finds it.
         val_data: path of a corpus with hard targets for validation after each epoch.
         val_labels: hard targets of `val_data`, a file.
         val_targets: path of a store made from `val_data` by the same teacher: agreement, and the teacher's calibration.
@@ -66,6 +87,9 @@ class FitConfig:
         boundaries: of `data`, `.npy` of the offsets at which documents begin.
         separator: id of the token that ends a document.
         text_field: field of a JSONL line that holds its text; None is `text`.
+        cache: folder in which pieces of stores at URLs are kept, for later epochs and runs; several processes may share
+            it. None keeps none.
+        cache_size: of the cache, such as `10GB`, which None is.
         replay: folder of a run whose epochs are seen again, just the shards of each; None sees what is sealed.
 
     Raises:
@@ -100,6 +124,8 @@ class FitConfig:
     corpus_kind: str | None = None
     labels: str | None = None
     array: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     val_data: str | None = None
     val_labels: str | None = None
     val_targets: str | None = None
@@ -109,6 +135,8 @@ class FitConfig:
     boundaries: str | None = None
     separator: int | None = None
     text_field: str | None = None
+    cache: str | None = None
+    cache_size: str | None = None
     replay: str | None = None
 
     def __post_init__(self) -> None:
@@ -125,14 +153,38 @@ class FitConfig:
         if self.replay is not None and Path(self.replay).resolve() == Path(self.out).resolve():
             raise ValueError(f"replay: expected another folder than --out, got '{self.replay}'; give --out a new one")
         if self.data is None:
-            for name in ("corpus_kind", "labels", "array", "boundaries"):
+            for name in ("corpus_kind", "labels", "array", "image_column", "label_column", "boundaries"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}: expected --data beside it, got none; give the corpus, or leave this out")
         parse_interval(self.checkpoint_every)
+        self._check_cache()
+        assert self.columns is not None  # built to be checked
+
+    @property
+    def columns(self) -> Columns:
+        """Which columns of Parquet files are used."""
+        return Columns(self.image_column, self.label_column)
+
+    def _check_cache(self) -> None:
+        if self.cache is None and self.cache_size is not None:
+            raise ValueError("cache_size: expected --cache beside it, got none; give the cache's folder")
+        if self.cache_size is not None:
+            parse_size(self.cache_size)
+        if self.cache is not None and not any(is_url(it) for it in (self.targets, self.val_targets) if it is not None):
+            raise ValueError(
+                f"cache: expected targets at a URL, got '{self.targets}', which are here; leave the cache out"
+            )
+
+    @property
+    def cache_settings(self) -> CacheSettings | None:
+        """The cache of stores at URLs, or None."""
+        if self.cache is None:
+            return None
+        return CacheSettings(self.cache, parse_size(self.cache_size or DEFAULT_CACHE_SIZE))
 
     def _check_ranges(self) -> None:
         paths = ("targets", "data", "out", "init", "labels", "val_data", "val_labels", "val_targets", "boundaries")
-        for name in (*paths, "student", "tokenizer", "replay"):
+        for name in (*paths, "student", "tokenizer", "replay", "cache"):
             check_not_empty(name, getattr(self, name))
         counts = ("epochs", "steps", "batch_size", "accumulate", "readers")
         _check(self, counts, lambda value: value >= 1, "at least 1")

@@ -27,6 +27,8 @@ from storage.corpus import (
 )
 from storage.corpus.growing import GrowingCorpus
 from storage.corpus.labels import NO_LABELS
+from storage.corpus.opening import find_kind
+from storage.corpus.parquet_columns import Columns
 from storage.corpus.stored import StoredTokens
 from storage.corpus.without import whole_corpus
 from storage.errors import CorpusError, MismatchError, PathError, StudentError
@@ -180,7 +182,7 @@ def sequence_options(config: FitConfig, store: Store) -> SequenceOptions | None:
 def _open_data(config: FitConfig, store: Store, sequence: SequenceOptions | None) -> Corpus:
     """The corpus that is named, or the tokens that the store keeps."""
     if config.data is not None:
-        return open_data(config.data, config.corpus_kind, config.labels, config.array, sequence, store)
+        return open_data(config.data, config.corpus_kind, config.labels, config.array, sequence, store, config.columns)
     if sequence is None:
         raise ValueError("data: expected the corpus that the store was made from, got none; give it: --data")
     for name in ("token_dtype", "separator", "text_field"):
@@ -196,6 +198,7 @@ def open_data(
     array: str | None,
     sequence: SequenceOptions | None,
     store: Store | None,
+    columns: Columns | None = None,
 ) -> Corpus:
     """The corpus at a path; beside a series, of the files that its members cover; beside a part, a part of it.
 
@@ -204,7 +207,7 @@ def open_data(
         ValueError: options that the corpus has no use for.
     """
     if not isinstance(store, Series):
-        corpus = open_corpus(path, kind, labels, array, sequence)
+        corpus = open_corpus(path, kind, labels, array, sequence, columns=columns)
         return corpus if store is None else rows_of_store(store, corpus)
     if labels is not None and labels != NO_LABELS:
         raise ValueError(
@@ -212,7 +215,9 @@ def open_data(
             f"'{store.path}' keeps the hard targets that it was dumped with"
         )
     kind = kind or str(store.manifest.corpus["kind"])
-    return GrowingCorpus(store, lambda files: open_corpus(path, kind, labels, array, sequence, files=files))
+    return GrowingCorpus(
+        store, lambda files: open_corpus(path, kind, labels, array, sequence, files=files, columns=columns)
+    )
 
 
 def _check_tokenizers(config: FitConfig, store: Store, corpus: Corpus) -> None:
@@ -283,10 +288,11 @@ def _open_validation(
     stack: contextlib.ExitStack,
 ) -> Validation | None:
     if config.val_data is None:
-        return None if config.val_targets is None else _stored_validation(config.val_targets, store, preprocess, stack)
+        return None if config.val_targets is None else _stored_validation(config, store, preprocess, stack)
     of_validation = None if sequence is None else replace(sequence, boundaries=None)
-    val_store = None if config.val_targets is None else _open_val_targets(config.val_targets, store, stack)
-    corpus = open_data(config.val_data, None, config.val_labels, None, of_validation, val_store)
+    val_store = None if config.val_targets is None else _open_val_targets(config, store, stack)
+    columns = _validation_columns(config, sequence is not None)
+    corpus = open_data(config.val_data, None, config.val_labels, None, of_validation, val_store, columns)
     check_student_input(preprocess, corpus, "--val-data")
     names, whose = store.manifest.class_names, f"store '{store.path}'"
     check_class_names(f"corpus '{config.val_data}'", corpus.class_names, names, whose)
@@ -302,19 +308,31 @@ def _open_validation(
     return Validation(corpus, val_store)
 
 
-def _stored_validation(path: str, store: Store, preprocess: Preprocess, stack: contextlib.ExitStack) -> Validation:
+def _validation_columns(config: FitConfig, is_sequence: bool) -> Columns | None:
+    """The columns of `data`, where the corpus for validation is Parquet too; labels from a file go before a column."""
+    assert config.val_data is not None
+    if config.columns == Columns() or find_kind(config.val_data, is_sequence) != "parquet":
+        return None
+    return config.columns if config.val_labels is None else replace(config.columns, label=None)
+
+
+def _stored_validation(
+    config: FitConfig, store: Store, preprocess: Preprocess, stack: contextlib.ExitStack
+) -> Validation:
     """Validation on the tokens that a store keeps."""
     if store.manifest.sequences is None:
         raise ValueError("val_targets: expected val_data beside them, got none; give the corpus too")
-    val_store = _open_val_targets(path, store, stack)
+    val_store = _open_val_targets(config, store, stack)
     corpus = StoredTokens(val_store)
     check_student_input(preprocess, corpus, "--val-targets")
     return Validation(corpus, val_store)
 
 
-def _open_val_targets(path: str, store: Store, stack: contextlib.ExitStack) -> Store:
+def _open_val_targets(config: FitConfig, store: Store, stack: contextlib.ExitStack) -> Store:
     """A store for validation, of the same classes, or tokens, and the same teacher."""
-    val_store = stack.enter_context(open_targets(path))
+    path = config.val_targets
+    assert path is not None
+    val_store = stack.enter_context(open_targets(path, config.cache_settings))
     check_same_classes(val_store, store.manifest.num_classes, store.manifest.class_names, f"store '{store.path}'")
     of_validation = val_store.manifest.sequences
     check_tokenizer(store, None if of_validation is None else of_validation.tokenizer, f"store '{path}'")

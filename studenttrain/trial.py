@@ -7,6 +7,7 @@ from typing import Any
 
 from storage.console import progress
 from storage.corpus import Corpus, Preprocess, SequenceOptions, TokenCorpus
+from storage.corpus.parquet_columns import Columns
 from storage.corpus.stored import StoredTokens
 from storage.corpus.without import whole_corpus
 from storage.errors import MismatchError
@@ -28,6 +29,8 @@ def try_student(
     labels: str | None = None,
     corpus_kind: str | None = None,
     array: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     device: str = "auto",
     batch_size: int = DEFAULT_BATCH_SIZE,
     readers: int | None = None,
@@ -47,6 +50,8 @@ def try_student(
         labels: file of its hard targets; None finds them.
         corpus_kind: None finds it.
         array: name of the array, where there are several.
+        image_column: column of encoded images in Parquet files; None finds it.
+        label_column: column of class numbers in Parquet files; None finds it.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         batch_size: samples of a batch, at least 1.
         readers: threads that read samples, at least 1; None is one a core, at most 8.
@@ -82,10 +87,20 @@ def try_student(
         }
         if data is None:
             corpus = _stored_corpus(
-                store, card, {**options, "corpus_kind": corpus_kind, "labels": labels, "array": array}
+                store,
+                card,
+                {
+                    **options,
+                    "corpus_kind": corpus_kind,
+                    "labels": labels,
+                    "array": array,
+                    "image_column": image_column,
+                    "label_column": label_column,
+                },
             )
         else:
-            corpus = open_data(data, corpus_kind, labels, array, _sequence_options(card, options), store)
+            columns = Columns(image_column, label_column)
+            corpus = open_data(data, corpus_kind, labels, array, _sequence_options(card, options), store, columns)
         preprocess = Preprocess.from_json(card.preprocess)
         check_student_input(preprocess, corpus, "--data")
         _check_tokenizers(card, corpus, store, where)

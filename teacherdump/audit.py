@@ -17,7 +17,7 @@ from torch import Tensor
 
 from storage.arrays import STATUS_OK, Array
 from storage.console import Pass
-from storage.corpus import Corpus, Preprocess, open_corpus, rows_of_store
+from storage.corpus import Corpus, Preprocess, rows_of_store
 from storage.corpus.defaults import check_preprocess
 from storage.encodings import Hidden, encoding_from_json
 from storage.errors import CorpusMismatchError, MismatchError, NotSealedError
@@ -33,7 +33,7 @@ from teacherdump.faithful import Fresh, Held
 from teacherdump.model_file import teacher_identity
 from teacherdump.plan import cpu_batch_sequences, cpu_batch_size
 from teacherdump.rescoring import is_given, parts_of, speak
-from teacherdump.source import MOST_READERS, kept_head
+from teacherdump.source import MOST_READERS, kept_head, open_data
 from teacherdump.teacher import Said, Teacher, load_teacher
 
 # How far a logit may move between two runs of one teacher, as a share of the largest of its row.
@@ -149,7 +149,7 @@ def choose_rows(store: Store, options: AuditOptions) -> NDArray[np.int64]:
 def _open_corpus(store: Store, config: DumpConfig, rows_N: NDArray[np.int64]) -> tuple[Corpus, Preprocess]:
     """The corpus, read as the store says that it was."""
     manifest = store.manifest
-    corpus = open_corpus(config.data, config.corpus_kind, config.labels, config.array, config.sequence_options)
+    corpus = open_data(config)
     preprocess = Preprocess.from_json(manifest.preprocess)
     check_preprocess(preprocess, corpus)
     tokenizer = getattr(corpus, "tokenizer", None)

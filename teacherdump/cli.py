@@ -78,8 +78,9 @@ _OPTIONS = (
                  help="torch.export program, TorchScript archive, weights with --arch, or hf:DIR. Repeat for an "
                  "ensemble."),
     click.option("--data", required=True, callback=_read_by(_parse_path), metavar="PATH",
-                 help="Corpus: a folder of images, an IDX file, a .npy, .npz, HDF5 or Zarr array; with "
-                 "--sequence-length token ids (.npy, .bin) or text (.txt, .jsonl)."),
+                 help="Corpus: a folder of images, an IDX file, a .npy, .npz, HDF5 or Zarr array, .tar or .parquet "
+                 "files (a folder or a pattern); with --sequence-length token ids (.npy, .bin) or text (.txt, .jsonl, "
+                 ".parquet). Or a URL."),
     click.option("--out", required=True, callback=_read_by(_parse_path), metavar="PATH",
                  help="Store: x.zarr, or x.h5 for HDF5."),
     click.option("--arch", metavar="SPEC",
@@ -108,7 +109,8 @@ _OPTIONS = (
     click.option("--limit-hours", type=float, metavar="H", help="Stop this run before H hours are over."),
     click.option("--limit-bytes", callback=_read_by(parse_size), metavar="SIZE",
                  help="Stop this run before it has written SIZE, such as 10GB."),
-    click.option("--corpus-kind", metavar="KIND", help="images, idx, arrays, tokens or text, where it can't be told."),
+    click.option("--corpus-kind", metavar="KIND", help="images, idx, arrays, tokens, text, webdataset or parquet, "
+                 "where it can't be told."),
     click.option("--sequence-length", type=int, metavar="P",
                  help="Positions of a sequence of tokens that the teacher reads."),
     click.option("--tokenizer", metavar="FILE|DIR|bytes",
@@ -116,13 +118,16 @@ _OPTIONS = (
     click.option("--token-dtype", metavar="TYPE", help="Of the ids in a .bin, such as uint16."),
     click.option("--boundaries", metavar="FILE", help="Where documents begin among the tokens: offsets, .npy."),
     click.option("--separator", type=int, metavar="ID", help="The token that ends a document."),
-    click.option("--text-field", metavar="NAME", help="Field of a JSONL line that holds its text; default: text."),
+    click.option("--text-field", metavar="NAME", help="Field of a JSONL line, or column, that holds the text; "
+                 "default: text."),
     click.option("--vocab-size", type=int, metavar="N", help="Entries of the vocabulary, where no tokenizer says it."),
     click.option("--store-tokens/--no-store-tokens", default=True,
                  help="Keep the tokens beside the targets, so that a student needs no corpus; default: yes."),
     click.option("--labels", metavar="FILE|none",
                  help="Hard targets, .npy or IDX, instead of what the corpus brings; none: its classes are not used."),
     click.option("--array", metavar="NAME", help="Which array, where --data holds several."),
+    click.option("--image-column", metavar="NAME", help="Which column of Parquet files holds the images."),
+    click.option("--label-column", metavar="NAME", help="Which column of Parquet files holds the classes."),
     click.option("--image-size", callback=_read_by(_parse_pixels), metavar="N|HxW",
                  help="Pixels that the teacher takes."),
     click.option("--resize", type=_choice(Resize),
@@ -161,7 +166,8 @@ _OPTIONS = (
 # What `audit` takes of these: it finds the rest in the store.
 _OF_AUDIT = (
     "models", "data", "arch", "combine", "device", "batch_size", "compile", "corpus_kind", "tokenizer", "token_dtype",
-    "boundaries", "separator", "text_field", "vocab_size", "labels", "array", "readers", "trust_pickle", "quiet",
+    "boundaries", "separator", "text_field", "vocab_size", "labels", "array", "image_column", "label_column",
+    "readers", "trust_pickle", "quiet",
 )  # fmt: skip
 
 
@@ -181,6 +187,12 @@ def _audit_options(command: F) -> F:
 
 @main.command("run")
 @_dump_options
+@click.option(
+    "--retry-quarantined",
+    callback=_read_by(_parse_path),
+    metavar="OLD",
+    help="Make --out a new version of this finished store, its refused rows tried again.",
+)
 def run_command(quiet: bool, **options: Any) -> None:
     """Run the teacher over the corpus and store its soft targets.
 

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from storage.corpus.parquet_columns import Columns
 from storage.corpus.sequences import SequenceOptions
 from storage.encodings import Dense, Encoding, Hidden, Sample, TopK
 from storage.encodings.values import ValueType
@@ -22,6 +23,9 @@ ENCODINGS: tuple[str, ...] = get_args(EncodingName)
 # What stops a run that looks broken; `teacherdump.alarms` says by which signs.
 ALARMS = ("undecodable", "not-finite", "constant", "flat", "collapsed", "one-class", "saturated")
 ALL_ALARMS = "all"
+NOT_OF_RETRY = (
+    "limit_samples", "limit_hours", "limit_bytes", "no_alarms", "max_quarantined", "workers", "scheduler",
+)  # fmt: skip
 DEFAULT_TEMPERATURES = (1.0, 2.0, 4.0)
 DEFAULT_TEMPERATURES_OF_TOKENS = (1.0,)  # of sequences, and of draws, which are taken at one
 
@@ -55,6 +59,8 @@ class DumpConfig:
         corpus_kind: of `data`; None finds it.
         labels: hard targets of `data`, a file; None finds them, `none` leaves them and the class names out.
         array: name of the array in `data`, where it holds several.
+        image_column: column of encoded images in Parquet files; None finds it.
+        label_column: column of class numbers in Parquet files; None finds it.
         image_size: height and width that the teacher takes, pixels; None where images have one size, and it is that.
         resize: `shorter` (the shorter side, then a centre crop; the default with an image size) or `stretch`.
         shorter_side: pixels of the shorter side before the centre crop; None is the larger of height and width.
@@ -85,6 +91,7 @@ class DumpConfig:
         no_alarms: names of alarms that are off, or `all`.
         max_quarantined: share of the rows, 0 to 1, that this run may refuse; None for any.
         wait_for_room: hours that a run waits for room on a full disk, at least 0.
+        retry_quarantined: a finalized store of which `out` becomes a new version: its refused rows are tried again.
         workers: processes of this machine that dump, one CUDA device each where there are such; None dumps in the
             process itself.
         scheduler: address of a Dask cluster that dumps, such as `tcp://host:8786`; None takes none.
@@ -114,6 +121,8 @@ class DumpConfig:
     corpus_kind: str | None = None
     labels: str | None = None
     array: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     image_size: tuple[int, int] | None = None
     resize: Resize | None = None
     shorter_side: int | None = None
@@ -141,6 +150,7 @@ class DumpConfig:
     no_alarms: tuple[str, ...] = ()
     max_quarantined: float | None = None
     wait_for_room: float = 1.0
+    retry_quarantined: str | None = None
     workers: int | None = None
     scheduler: str | None = None
 
@@ -148,6 +158,7 @@ class DumpConfig:
         if not self.models:
             raise ValueError("model: expected at least one, got none; give --model")
         self._check_choices()
+        assert self.columns is not None  # built to be checked
         for name in ("batch_size", "limit_samples", "limit_bytes", "shard_rows", "chunk_rows", "readers", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -161,6 +172,7 @@ class DumpConfig:
         self._check_encoding()
         self._check_sequences()
         self._check_watching()
+        self._check_retry()
         self._check_cluster()
         given = self.temperatures or self._default_temperatures()
         object.__setattr__(self, "temperatures", tuple(sorted({float(value) for value in given})))
@@ -245,6 +257,13 @@ class DumpConfig:
         """Whether workers dump, not the process itself."""
         return self.workers is not None or self.scheduler is not None
 
+    def _check_retry(self) -> None:
+        """What a new version of a store would ignore: it is written whole, and by this process."""
+        for name in NOT_OF_RETRY:
+            value = getattr(self, name)
+            if self.retry_quarantined is not None and value not in (None, ()):
+                raise ValueError(f"{name}: expected none with retry_quarantined, got {value!r}; leave it out")
+
     @property
     def alarms(self) -> tuple[str, ...]:
         """Names of the alarms that are on."""
@@ -264,6 +283,11 @@ class DumpConfig:
             text_field=self.text_field,
             vocab_size=self.vocab_size,
         )
+
+    @property
+    def columns(self) -> Columns:
+        """Which columns of Parquet files are used."""
+        return Columns(self.image_column, self.label_column)
 
     def _check_choices(self) -> None:
         choices = {

@@ -6,7 +6,7 @@ torch is imported only when the teacher is loaded.
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 
 from storage.backends import backend_for
 from storage.corpus import Corpus, Preprocess, default_preprocess, open_corpus, read_batch
+from storage.corpus.matching import Advances
 from storage.corpus.sequences import TokenCorpus
 from storage.encodings import HeadArrays, Hidden
 from storage.errors import CorpusError, MismatchError, TeacherError
@@ -54,6 +55,7 @@ class Source:
         preprocess: how its samples become inputs.
         identity: who the teacher is.
         existing: the manifest of the store that is there, or None.
+        planned_rows: rows that shards and chunks are chosen for; None for those of the corpus.
     """
 
     config: DumpConfig
@@ -61,6 +63,7 @@ class Source:
     preprocess: Preprocess
     identity: Mapping[str, Any]
     existing: Manifest | None
+    planned_rows: int | None = None
 
     @property
     def is_tokens(self) -> bool:
@@ -93,7 +96,8 @@ class Source:
             layout = Layout(corpus.num_samples, there.shard_rows, there.chunk_rows)
         else:
             num_positions = 1 if sequences is None else sequences.num_positions
-            layout = choose_layout(corpus.num_samples, arrays, config.shard_rows, config.chunk_rows, num_positions)
+            planned = self.planned_rows or corpus.num_samples
+            layout = choose_layout(planned, arrays, config.shard_rows, config.chunk_rows, num_positions)
         compressor = config.choose_compressor()
         if there is not None and config.compressor is None:
             compressor = there.compressor
@@ -124,15 +128,44 @@ class Source:
         return Sequences(corpus.sequence_length, self.config.store_tokens, tokenizer, num_padded)
 
 
-def open_source(config: DumpConfig) -> Source:
+def open_data(config: DumpConfig, files: Sequence[str] | None = None, progress: Advances | None = None) -> Corpus:
+    """The corpus that the options name, or some of its files.
+
+    Args:
+        config: the options.
+        files: names of the files, in order; None takes all.
+        progress: told of each file that is indexed.
+
+    Raises:
+        StoreError: it can't be used.
+        ValueError: an option would be ignored.
+    """
+    return open_corpus(
+        config.data,
+        config.corpus_kind,
+        config.labels,
+        config.array,
+        config.sequence_options,
+        files=files,
+        columns=config.columns,
+        progress=progress,
+    )
+
+
+def open_source(config: DumpConfig, corpus: Corpus | None = None, progress: Advances | None = None) -> Source:
     """The corpus, the teacher's identity and the store that is there.
+
+    Args:
+        config: the options.
+        corpus: of some of the files of the corpus that the options name; None opens all of that.
+        progress: told of each file that is indexed.
 
     Raises:
         StoreError: one of them can't be used.
         ValueError: an option would be ignored.
     """
     identity = teacher_identity(config.models, config.arch, config.combine, config.precision)
-    corpus = open_corpus(config.data, config.corpus_kind, config.labels, config.array, config.sequence_options)
+    corpus = corpus or open_data(config, progress=progress)
     preprocess = default_preprocess(
         corpus,
         config.image_size,
@@ -211,19 +244,15 @@ class Settled:
     head: HeadArrays | None
 
 
-def prepare(source: Source, say: Say) -> "Job":
-    """The teacher loaded and tried on the first samples, and all that a shard is dumped from.
+def load_teacher_of(config: DumpConfig) -> "Teacher":
+    """The teacher that the options name, on its device.
 
     Raises:
-        StoreError: the teacher can't be used, or does not fit the corpus.
-        ValueError: an option contradicts what the teacher is.
+        StoreError: it can't be used.
     """
-    from teacherdump.batch_size import choose_batch_size
-    from teacherdump.dump import Job
     from teacherdump.teacher import load_teacher
 
-    config, preprocess = source.config, source.preprocess
-    teacher = load_teacher(
+    return load_teacher(
         config.models,
         config.arch,
         config.combine,
@@ -232,6 +261,20 @@ def prepare(source: Source, say: Say) -> "Job":
         config.compile,
         config.trust_pickle,
     )
+
+
+def prepare(source: Source, say: Say, teacher: "Teacher | None" = None) -> "Job":
+    """The teacher loaded, where it is not yet, and tried on the first samples, and all that a shard is dumped from.
+
+    Raises:
+        StoreError: the teacher can't be used, or does not fit the corpus.
+        ValueError: an option contradicts what the teacher is.
+    """
+    from teacherdump.batch_size import choose_batch_size
+    from teacherdump.dump import Job
+
+    config, preprocess = source.config, source.preprocess
+    teacher = teacher or load_teacher_of(config)
     rows = np.arange(num_probe_rows(source, teacher.max_batch))
     inputs = read_batch(source.corpus, rows, preprocess).inputs
     answer = try_teacher(teacher, teacher_question(source, inputs))

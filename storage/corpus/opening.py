@@ -21,7 +21,7 @@ from storage.corpus.tokens import holds_ids, open_tokens
 from storage.corpus.webdataset import open_webdataset
 from storage.errors import CorpusError
 
-__all__ = ["CORPUS_KINDS", "open_corpus"]
+__all__ = ["CORPUS_KINDS", "find_kind", "open_corpus"]
 
 _BROKEN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 
@@ -92,6 +92,20 @@ def open_corpus(
         raise CorpusError(
             f"{where}: expected something that can be read, got '{reason}'{place}; mend that, or give another path"
         ) from error
+
+
+def find_kind(path: str | Path, is_sequence: bool = False) -> str:
+    """The kind of the corpus at a path or URL, as `open_corpus` finds it.
+
+    Args:
+        path: as there.
+        is_sequence: whether there are options of sequences.
+
+    Raises:
+        CorpusError: nothing that can be used is there, or several kinds.
+    """
+    path = absolute(path)
+    return _choose_kind(path, None, is_sequence, f"corpus '{path}'")
 
 
 def _choose_kind(path: Path | str, kind: str | None, has_options: bool, where: str) -> str:
