@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from storage.backends import CacheSettings
 from storage.corpus import Corpus
 from storage.encodings import check_temperature
 from storage.errors import CorpusMismatchError, MismatchError, NotSealedError, StudentError
@@ -19,6 +20,7 @@ from storage.manifest import Manifest
 from storage.reader import Store, open_store
 from storage.records import canonical
 from storage.series import Series
+from storage.urls import is_url
 from studenttrain.config import FitConfig, differing_options
 from studenttrain.loss import check_loss, default_loss, uses_temperature
 from studenttrain.top1 import Meeting, meet_hard_targets
@@ -81,13 +83,17 @@ def choose_objective(config: FitConfig, manifest: Manifest, has_hard_targets: bo
     return Objective(loss, temperature, alpha)
 
 
-def open_targets(path: str) -> Store:
+def open_targets(path: str, cache: CacheSettings | None = None) -> Store:
     """A store with rows in it.
+
+    Args:
+        path: of the store, or its URL.
+        cache: of its objects, where it is at a URL; None for none.
 
     Raises:
         NotSealedError: no shard is sealed yet.
     """
-    store = open_store(path)
+    store = open_store(path, cache if is_url(path) else None)
     if not store.sealed_shards():
         store.close()
         raise NotSealedError(

@@ -95,7 +95,7 @@ def fit(config: FitConfig, quiet: bool = False) -> FitResult:
         folder = Path(config.out)
         path = folder / CHECKPOINT
         checkpoint = load_checkpoint(path) if path.is_file() else None
-        store = stack.enter_context(open_targets(config.targets))
+        store = stack.enter_context(open_targets(config.targets, config.cache_settings))
         if checkpoint is not None:
             check_same_run(checkpoint["config"], config)
             check_same_store(checkpoint["card"]["store"], store)
