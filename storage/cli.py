@@ -64,14 +64,21 @@ main.add_command(copy_command)
 @main.command()
 @STORE
 @JSON
-def info(store: str, as_json: bool) -> None:
+@click.option("--quarantine", "with_quarantine", is_flag=True, help="List the rows without targets: row, key, reason.")
+def info(store: str, as_json: bool, with_quarantine: bool) -> None:
     """Say what a store is."""
     with command_errors():
         from storage.info import info as describe
-        from storage.info import info_text
+        from storage.info import info_text, quarantine, quarantine_text
 
         figures = describe(store)
-        click.echo(_json(figures) if as_json else printable(info_text(figures)))
+        entries = quarantine(store) if with_quarantine else []
+        if as_json:
+            click.echo(_json(figures | ({"quarantine": entries} if with_quarantine else {})))
+            return
+        click.echo(printable(info_text(figures)))
+        if with_quarantine:
+            click.echo(printable(quarantine_text(entries)))
 
 
 @main.command()

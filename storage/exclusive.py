@@ -20,6 +20,7 @@ from storage.backends.files import clear_os_errors, make_folder
 from storage.backends.zarr3 import GROUP
 from storage.errors import PathError
 from storage.head import HEAD_FOLDER
+from storage.manifest import Manifest
 from storage.reader import Store
 from storage.records import MANIFEST
 from storage.urls import is_url
@@ -64,11 +65,17 @@ def discard_unsealed(store: Store) -> bool:
     assert not store.sealed_shards()
     if is_url(store.path):
         return False
-    folder = _writing_folder(store.path)
-    assert folder is not None
     store.close()
-    with clear_os_errors(store.path):
-        for name in (MANIFEST, HEAD_FOLDER, "seals", "shards", *(spec.name for spec in store.manifest.arrays), GROUP):
+    discard_begun(store.path, store.manifest)
+    return True
+
+
+def discard_begun(path: str, manifest: Manifest) -> None:
+    """Remove what makes a store on this machine of which nothing is sealed, be it whole or only begun."""
+    folder = _writing_folder(path)
+    assert folder is not None
+    with clear_os_errors(path):
+        for name in (MANIFEST, HEAD_FOLDER, "seals", "shards", *(spec.name for spec in manifest.arrays), GROUP):
             if (folder / name).is_dir():
                 shutil.rmtree(folder / name)
             else:
@@ -77,7 +84,6 @@ def discard_unsealed(store: Store) -> bool:
             left.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds something else
             folder.rmdir()
-    return True
 
 
 def _writing_folder(path: str | Path) -> Path | None:

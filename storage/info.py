@@ -60,6 +60,24 @@ def _info(store: Store) -> dict[str, Any]:
     }
 
 
+def quarantine(path: str | Path) -> list[dict[str, Any]]:
+    """Row, key and reason of each row without targets in sealed shards, in order. Reads every seal.
+
+    Raises:
+        PathError: there is no store at the path.
+        DamageError: a record was changed.
+    """
+    with open_store(path) as store:
+        return [vars(entry) for entry in store.quarantine()]
+
+
+def quarantine_text(entries: list[dict[str, Any]]) -> str:
+    """What `quarantine` gave, a line a row."""
+    if not entries:
+        return "  no row is without targets"
+    return "\n".join(f"  row {entry['row']}  {' '.join(entry['key'].split())}: {entry['reason']}" for entry in entries)
+
+
 def _members(series: Series) -> list[dict[str, Any]]:
     """The stores of a series, and how many files of the corpus each of them covers."""
     return [

@@ -1,5 +1,6 @@
 """Write a store: append shards, seal each, finalize."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,11 +11,12 @@ from typing import Any, Self
 import numpy as np
 
 from storage.arrays import STATUS_OK, STATUS_UNWRITTEN, Array, Arrays
-from storage.backends import Backend, IsFarAway, SealsShards, backend_for
+from storage.backends import Backend, Hdf5Backend, IsFarAway, SealsShards, ZarrBackend, backend_for
 from storage.backends.files import clear_os_errors
 from storage.backends.zarr3 import seal_name
 from storage.encodings import HeadArrays, Hidden
-from storage.errors import DamageError, MismatchError, NotSealedError, PathError
+from storage.errors import DamageError, MismatchError, NotSealedError, PathError, StoreError
+from storage.exclusive import discard_begun
 from storage.head import check_head, head_records
 from storage.layout import Layout
 from storage.manifest import Manifest
@@ -29,6 +31,14 @@ from storage.records import (
     content_digest,
     manifest_bytes,
 )
+
+
+def _create(backend: Backend, manifest: Manifest, head: Mapping[str, bytes]) -> bool:
+    """Begin a store; False where another writer has done so just now."""
+    backend.create(manifest)
+    for name, data in head.items():  # before the manifest: where that is, the head is
+        backend.put_record(name, data)
+    return backend.put_record(MANIFEST, manifest_bytes(manifest))
 
 
 class StoreWriter:
@@ -64,13 +74,15 @@ class StoreWriter:
             raise ValueError("head: expected one beside hidden states, and none without, got it otherwise")
         if head is not None and isinstance(manifest.encoding, Hidden):
             check_head(head, manifest.encoding, manifest.num_classes)
-        records = {} if head is None else head_records(head)
-        backend.create(manifest)
-        for name, data in records.items():  # before the manifest: where that is, the head is
-            backend.put_record(name, data)
-        if not backend.put_record(MANIFEST, manifest_bytes(manifest)):
-            return cls._resumed(Store(backend), manifest)  # another writer created it just now
-        return cls(Store(backend))
+        is_new = not backend.exists()
+        try:
+            is_mine = _create(backend, manifest, {} if head is None else head_records(head))
+        except (StoreError, OSError):
+            if is_new and isinstance(backend, ZarrBackend | Hdf5Backend):
+                with contextlib.suppress(StoreError, OSError):  # what went wrong first is what is told
+                    discard_begun(backend.location, manifest)
+            raise
+        return cls(Store(backend)) if is_mine else cls._resumed(Store(backend), manifest)
 
     @classmethod
     def _resumed(cls, store: Store, manifest: Manifest) -> Self:

@@ -34,6 +34,7 @@ LEAST_ROWS_OF_ONE_CLASS = 64
 UNDECODABLE_SHARE = 0.5
 # One row in five without finite logits is an overflow, not an odd sample; a sample that makes NaN is one in thousands.
 NOT_FINITE_SHARE = 0.2
+LEAST_NOT_FINITE = 8  # and never fewer rows than these: a few odd samples may meet in a small shard
 # Differences below this share of a row's own range are lost in a float16, so to a store such rows are the same.
 SAME_SHARE = 1e-4
 SAME_LOGIT = 1e-6  # rounding of a float32, of the logit's own size
@@ -218,7 +219,7 @@ def status_findings(status_N: Array, *, is_spread: bool) -> Iterator[Finding]:
             f"expected samples that can be decoded, got {_of(num_undecodable, num_rows)} that can't",
             "check that --data and --corpus-kind name the corpus that was meant, and the preprocessing",
         )
-    if num_not_finite >= NOT_FINITE_SHARE * num_rows:
+    if num_not_finite >= max(LEAST_NOT_FINITE, NOT_FINITE_SHARE * num_rows):
         yield Finding(
             "not-finite",
             f"expected finite logits, got NaN or inf in {_of(num_not_finite, num_rows)}",

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from storage.console import Pass, format_bytes, format_count, format_duration, format_rate, progress
@@ -18,19 +18,22 @@ from storage.errors import OutOfSpaceError, StoreError
 from storage.exclusive import discard_unsealed, sole_run
 from storage.interruption import Interrupted, stop_requests
 from storage.manifest import Manifest
-from storage.reader import open_store
+from storage.reader import Store, open_store
 from storage.urls import is_url
 from storage.writer import StoreWriter
 from teacherdump.config import DumpConfig
 from teacherdump.plan import Limits, estimate
 from teacherdump.report import ShardReport
 from teacherdump.room import Room
-from teacherdump.source import Say, Source, open_source, prepare
+from teacherdump.source import Say, Source, load_teacher_of, open_source, prepare
 from teacherdump.watching import Watch, watching
 
 if TYPE_CHECKING:
     from teacherdump.cluster import ClusterJob
+    from teacherdump.cluster_team import Team
     from teacherdump.dump import Job
+    from teacherdump.retry import Retried
+    from teacherdump.teacher import Teacher
 
     AnyJob = Job | ClusterJob
 
@@ -49,6 +52,7 @@ class DumpResult:
         seconds: that the loop of this run took.
         content_digest: identity of the finished store, or None while rows are missing.
         limit: what stopped the run before the end, such as `--limit-hours 2`; None where nothing did.
+        retried: what became of the refused rows of an older version; None where none were tried again.
     """
 
     path: str
@@ -60,9 +64,12 @@ class DumpResult:
     seconds: float
     content_digest: str | None
     limit: str | None
+    retried: "Retried | None" = None
 
     def summary(self) -> str:
         """What the run did and where the store stands, some lines for a person."""
+        if self.retried is not None and not self.retried.is_written:
+            return f"nothing to retry: {self.path} has targets for every row; nothing was written"
         if self.num_new_rows:
             rate = format_rate(self.num_new_rows / max(self.seconds, 1e-9), "rows")
             did = f"dumped {format_count(self.num_new_rows)} rows in {format_duration(self.seconds)} ({rate})"
@@ -79,6 +86,8 @@ class DumpResult:
         else:
             state = f"{rows} sealed, {refused}"
         lines = [did, f"{self.path}: {state}, {format_bytes(self.num_bytes)}"]
+        if self.retried is not None:
+            lines.insert(1, self.retried.summary())
         if self.content_digest is not None:
             lines.append(f"content digest {self.content_digest}")
         else:
@@ -101,22 +110,61 @@ def run(config: DumpConfig, say: Say = lambda _: None, quiet: bool = True) -> Du
         ValueError: options that contradict what is there.
         Interrupted: a signal ended it; the message says where the store stands and how to go on.
     """
+    if config.retry_quarantined is not None:
+        from teacherdump.retry import retry
+
+        return retry(config, say, quiet)
     with contextlib.ExitStack() as stack:
-        return _run(open_source(config), lambda source: _prepared(source, say, stack), say, quiet)
+        with progress(None, "files", "indexing", quiet=quiet) as bar:
+            source = open_source(config, progress=bar)
+        return run_source(source, Preparation(config, say, stack).prepared, say, quiet)
 
 
-def _prepared(source: Source, say: Say, stack: contextlib.ExitStack) -> "AnyJob":
-    """The teacher loaded here, or on workers, which stay for as long as the stack does."""
-    if not source.config.is_on_cluster:
-        return prepare(source, say)
-    from teacherdump.cluster import prepare_on_workers
-    from teacherdump.cluster_local import open_team
+class Preparation:
+    """The teacher of one run after another, loaded once: here, or on workers, which stay for as long as the stack does.
 
-    return prepare_on_workers(stack.enter_context(open_team(source.config, say)), source, say)
+    Args:
+        config: that names the teacher and the workers.
+        say: told of what a person should know.
+        stack: closes what is opened here.
+    """
+
+    def __init__(self, config: DumpConfig, say: Say, stack: contextlib.ExitStack) -> None:
+        self._config, self._say, self._stack = config, say, stack
+
+    def prepared(self, source: Source) -> "AnyJob":
+        """All that a shard of a source is dumped from."""
+        if not self._config.is_on_cluster:
+            return prepare(source, self._say, self._teacher)
+        from teacherdump.cluster import prepare_on_workers
+
+        return prepare_on_workers(self._team, source, self._say)
+
+    @cached_property
+    def _teacher(self) -> "Teacher":
+        return load_teacher_of(self._config)
+
+    @cached_property
+    def _team(self) -> "Team":
+        from teacherdump.cluster_local import open_team
+
+        return self._stack.enter_context(open_team(self._config, self._say))
 
 
-def _run(source: Source, prepared: "Callable[[Source], AnyJob]", say: Say, quiet: bool) -> DumpResult:
-    """Go on with the store that is there, or begin one."""
+def run_source(source: Source, prepared: "Callable[[Source], AnyJob]", say: Say, quiet: bool) -> DumpResult:
+    """Go on with the store of a source, or begin it.
+
+    Args:
+        source: what is dumped, and where to.
+        prepared: makes all that a shard is dumped from, asked only where a shard is owed.
+        say: told of what a person should know, a line each.
+        quiet: show no progress.
+
+    Raises:
+        StoreError: what can't be used, or what stopped it; what is sealed stays, and the same run goes on.
+        ValueError: options that contradict what is there.
+        Interrupted: a signal ended it; the message says where the store stands and how to go on.
+    """
     config = source.config
     if source.existing is not None:
         with sole_run(config.out):
@@ -125,7 +173,7 @@ def _run(source: Source, prepared: "Callable[[Source], AnyJob]", say: Say, quiet
     job = prepared(replace(source, existing=None))
     _planned(config, job.manifest, range(job.manifest.layout.num_shards), _unsaid)  # refused before a store is made
     with sole_run(config.out):
-        return _dump(config, job, say, quiet)
+        return dump_job(config, job, say, quiet)
 
 
 def _discarded(path: str) -> bool:
@@ -146,21 +194,27 @@ def _go_on(source: Source, prepared: "Callable[[Source], AnyJob]", say: Say, qui
             verify_hard_targets(writer.store, source.corpus)
         if not writer.owed_shards():
             return _finish(writer, _Tally(), quiet)
-    return _dump(config, prepared(source), say, quiet)
+    return dump_job(config, prepared(source), say, quiet)
 
 
-def _dump(config: DumpConfig, job: "AnyJob", say: Say, quiet: bool) -> DumpResult:
-    """Dump what is owed; what can't be begun leaves no store behind."""
+def dump_job(config: DumpConfig, job: "AnyJob", say: Say, quiet: bool, old: Store | None = None) -> DumpResult:
+    """Dump what is owed, or what an older version has of it; what can't be begun leaves no store behind."""
     with StoreWriter.open(config.out, job.manifest, job.head) as writer:
         try:
-            if not writer.owed_shards():
-                return _finish(writer, _Tally(), quiet)
+            if not _owed(writer, old):
+                return _finish(writer, _Tally(), quiet, old)
             _say_where_it_goes_on(writer, job, say)
-            return _dump_owed(config, job, writer, say, quiet)
+            return _dump_owed(config, job, writer, say, quiet, old)
         except (StoreError, ValueError):
             if not is_url(config.out) and not writer.sealed_shards():
                 discard_unsealed(writer.store)
             raise
+
+
+def _owed(writer: StoreWriter, old: Store | None) -> Sequence[int]:
+    """Shards that are to be written: those that are not sealed, and that an older version has."""
+    owed = writer.owed_shards()
+    return owed if old is None else [shard for shard in owed if shard in set(old.sealed_shards())]
 
 
 def _say_where_it_goes_on(writer: StoreWriter, job: "AnyJob", say: Say) -> None:
@@ -200,9 +254,11 @@ class _Tally:
         return self.num_bytes / self.num_rows if self.num_rows else float(row_bytes)
 
 
-def _dump_owed(config: DumpConfig, job: "AnyJob", writer: StoreWriter, say: Say, quiet: bool) -> DumpResult:
+def _dump_owed(
+    config: DumpConfig, job: "AnyJob", writer: StoreWriter, say: Say, quiet: bool, old: Store | None
+) -> DumpResult:
     layout, row_bytes = writer.layout, job.manifest.row_bytes
-    owed, tally = writer.owed_shards(), _Tally()
+    owed, tally = _owed(writer, old), _Tally()
     limits, room = _limits(config), Room(writer.store.path, config.wait_for_room, say)
     planned = _planned(config, job.manifest, owed, say)
 
@@ -228,7 +284,7 @@ def _dump_owed(config: DumpConfig, job: "AnyJob", writer: StoreWriter, say: Say,
         with stop_requests() as request:
             try:
                 with progress(planned, "rows", "dumping", quiet=quiet) as bar:
-                    dump = _loop(config, watch, room)
+                    dump = _loop(config, watch, room, old)
                     dump(job, writer, within_limits(), bar, lambda: request.signal != 0, on_report)
             except KeyboardInterrupt as error:  # the second one: at once, but not without a word
                 raise Interrupted(f"interrupted: {standing(writer)}", request.signal or signal.SIGINT) from error
@@ -237,15 +293,19 @@ def _dump_owed(config: DumpConfig, job: "AnyJob", writer: StoreWriter, say: Say,
                     raise
                 raise Interrupted(f"interrupted while the disk was full: {standing(writer)}", request.signal) from error
         tally.seconds = time.perf_counter() - tally.start
-        if request.signal and writer.owed_shards():
+        if request.signal and _owed(writer, old):
             raise Interrupted(f"interrupted: {standing(writer)}", request.signal)
-        result = _finish(writer, tally, quiet, room)
+        result = _finish(writer, tally, quiet, old, room)
         watch.end("finished" if result.limit is None else "limit", limit=result.limit, digest=result.content_digest)
         return result
 
 
-def _loop(config: DumpConfig, watch: Watch, room: Room) -> Callable[..., None]:
-    """What dumps the shards in this process, or another of the same arguments that has workers do it."""
+def _loop(config: DumpConfig, watch: Watch, room: Room, old: Store | None) -> Callable[..., None]:
+    """What dumps the shards in this process, or another of the same arguments that does it some other way."""
+    if old is not None:
+        from teacherdump.retry import retry_shards
+
+        return partial(retry_shards, old=old, room=room)
     if config.is_on_cluster:
         from teacherdump.cluster import dump_on_workers
 
@@ -310,15 +370,17 @@ def _planned(config: DumpConfig, manifest: Manifest, owed: Sequence[int], say: S
     return planned
 
 
-def _finish(writer: StoreWriter, tally: _Tally, quiet: bool, room: Room | None = None) -> DumpResult:
+def _finish(
+    writer: StoreWriter, tally: _Tally, quiet: bool, old: Store | None = None, room: Room | None = None
+) -> DumpResult:
     """Finalize when nothing is owed any more, and say what there is."""
-    if not writer.finalized and not writer.owed_shards():
+    if not writer.finalized and not _owed(writer, old):
         tally.limit = None
         try:
             with progress(writer.layout.num_rows, "rows", "checking", quiet=quiet) as bar:
                 num_bytes = writer.store.backend.num_bytes()  # HDF5 is packed into one file
                 room = room or Room(writer.store.path, 0, _unsaid)
-                room.keep_trying(lambda: writer.finalize(progress=bar.advance), num_bytes, lambda: False)
+                room.keep_trying(lambda: writer.finalize(old is not None, bar.advance), num_bytes, lambda: False)
         except KeyboardInterrupt as error:
             raise Interrupted(f"interrupted: {standing(writer)}", 2) from error
     store = writer.store
@@ -332,6 +394,21 @@ def _finish(writer: StoreWriter, tally: _Tally, quiet: bool, room: Room | None =
         seconds=tally.seconds,
         content_digest=store.content_digest,
         limit=tally.limit,
+    )
+
+
+def untouched(store: Store) -> DumpResult:
+    """What there is where a run had nothing to do."""
+    return DumpResult(
+        path=store.path,
+        num_rows=store.manifest.num_rows,
+        num_sealed_rows=store.num_sealed_rows,
+        num_new_rows=0,
+        num_refused=store.num_quarantined,
+        num_bytes=store.backend.num_bytes(),
+        seconds=0.0,
+        content_digest=store.content_digest,
+        limit=None,
     )
 
 

@@ -3,12 +3,15 @@
 Legend: N rows of a batch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from storage.arrays import STATUS_NOT_FINITE, STATUS_OK, STATUS_UNDECODABLE, Array
+from storage.corpus.protocol import Samples
+from storage.manifest import Manifest
 from storage.records import QuarantineEntry
 from teacherdump.sparsify import HAS_NAN, HAS_POSITIVE_INF, NO_CLASS, REFUSAL
 
@@ -54,36 +57,45 @@ class ShardBuffer:
 
     def put(self, said: "SoftTargets") -> None:
         """Take the next batch of rows, and quarantine those without targets."""
-        read, arrays, batch = said.read, said.arrays, said.read.batch
-        rows = slice(self._num_rows, self._num_rows + len(batch.rows_N))
-        refusal_N = np.bitwise_or.reduce(arrays[REFUSAL].reshape(len(batch.rows_N), -1), axis=1)
-        reasons = {
-            int(position): what_is_wrong(int(refusal_N[position])) for position in np.flatnonzero(refusal_N)
-        } | batch.errors
-        refused = sorted(reasons)
-        for spec in self._manifest.arrays:
-            if spec.name in arrays:
-                part = self._arrays[spec.name][rows]
-                part[...] = arrays[spec.name].reshape(part.shape)
-                part[refused] = spec.fill_value
-        self._arrays["sample_digest"][rows] = batch.digests_N
-        if "token_ids" in self._arrays:
-            self._arrays["token_ids"][rows], self._arrays["position_ids"][rows] = batch.inputs.swapaxes(0, 1)
-        if self._manifest.has_hard_targets and read.hard_targets_R is not None:
-            self._arrays["hard_target"][rows] = read.hard_targets_R.numpy()
-        status_N = self._arrays["status"][rows]
-        status_N[...] = STATUS_OK
-        for position in refused:
-            status_N[position] = STATUS_UNDECODABLE if position in batch.errors else STATUS_NOT_FINITE
-            row = int(batch.rows_N[position])
-            self._quarantine.append(QuarantineEntry(row, self._corpus.key(row), reasons[position]))
+        rows = slice(self._num_rows, self._num_rows + len(said.read.batch.rows_N))
+        views = {name: values[rows] for name, values in self._arrays.items()}
+        self._quarantine += fill_rows(views, said, self._manifest, self._corpus)
         self._num_rows = rows.stop
-        self._seconds_read += read.seconds
+        self._seconds_read += said.read.seconds
         self._seconds_teacher += said.seconds
 
     def encoded(self) -> EncodedShard:
         """The shard, once it is full."""
         return EncodedShard(self._shard, self._arrays, self._quarantine, self._seconds_read, self._seconds_teacher)
+
+
+def fill_rows(
+    out: Mapping[str, Array], said: "SoftTargets", manifest: Manifest, corpus: Samples
+) -> list[QuarantineEntry]:
+    """Put all that a store keeps of a batch into arrays of its rows; gives the rows without targets, in order."""
+    read, arrays, batch = said.read, said.arrays, said.read.batch
+    refusal_N = np.bitwise_or.reduce(arrays[REFUSAL].reshape(len(batch.rows_N), -1), axis=1)
+    reasons = {
+        int(position): what_is_wrong(int(refusal_N[position])) for position in np.flatnonzero(refusal_N)
+    } | batch.errors
+    refused = sorted(reasons)
+    for spec in manifest.arrays:
+        if spec.name in arrays:
+            part = out[spec.name]
+            part[...] = arrays[spec.name].reshape(part.shape)
+            part[refused] = spec.fill_value
+    out["sample_digest"][...] = batch.digests_N
+    if "token_ids" in out:
+        out["token_ids"][...], out["position_ids"][...] = batch.inputs.swapaxes(0, 1)
+    if manifest.has_hard_targets and read.hard_targets_R is not None:
+        out["hard_target"][...] = read.hard_targets_R.numpy()
+    out["status"][...] = STATUS_OK
+    quarantine = []
+    for position in refused:
+        out["status"][position] = STATUS_UNDECODABLE if position in batch.errors else STATUS_NOT_FINITE
+        row = int(batch.rows_N[position])
+        quarantine.append(QuarantineEntry(row, corpus.key(row), reasons[position]))
+    return quarantine
 
 
 def what_is_wrong(refusal: int) -> str:

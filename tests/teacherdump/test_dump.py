@@ -502,7 +502,7 @@ def test_an_error_of_the_reader_stops_the_run_and_is_raised_as_itself(
     monkeypatch.setattr("teacherdump.dump.read_batch", gone)
     before = threading.active_count()
     with pytest.raises(CorpusError, match="unplugged disk"):
-        run(config())
+        run(config(no_alarms=("all",)))
     assert threading.active_count() <= before
     with open_store(tmp_path / "out.zarr") as store:
         assert store.sealed_shards() == (0, 1)
@@ -523,7 +523,7 @@ def test_an_error_of_the_teacher_stops_the_run(config: Build, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "making", making)
     torch.save(nn.Linear(12, 5).state_dict(), tmp_path / "linear.pt")
     with pytest.raises(TeacherError, match="got RuntimeError: CUDA error: an illegal memory access was encountered"):
-        run(config(models=(str(tmp_path / "linear.pt"),), arch="making:make"))
+        run(config(models=(str(tmp_path / "linear.pt"),), arch="making:make", no_alarms=("all",)))
     with open_store(tmp_path / "out.zarr") as store:
         assert store.sealed_shards() == (0,)
 
