@@ -65,24 +65,29 @@ def retried(where: str, ask: Callable[[], Answer]) -> Answer:
         except Exception as error:
             if is_answer(error):
                 raise
-            reason, may_pass = _reason(error)
-            waited = time.monotonic() - begin
-            if may_pass is None:
-                raise OutOfSpaceError(
-                    f"{where}: expected room in the storage, got {reason}; free space and run the same command again"
-                ) from None
-            # the cause stays behind: what the server said may repeat credentials
-            limit = min(patience, CREDENTIALS_S) if "credentials" in reason else patience
-            if not may_pass or waited + pause > limit:
-                tried = f" for {waited:.0f} s" if may_pass else ""
-                raise RemoteError(
-                    f"{where}: expected an answer, got {reason}{tried}; {_advice(error, reason)}"
-                ) from None
-            if waited > QUIET_S and not said:
-                _log.warning("%s: %s; trying again for up to %.0f s", where, reason, patience - waited)
-                said = True
+            failure = _judged(error, where, time.monotonic() - begin + pause, patience)
+        if isinstance(failure, StoreError):
+            raise failure  # out here, so that it does not carry what the server said, which may repeat credentials
+        waited = time.monotonic() - begin
+        if waited > QUIET_S and not said:
+            _log.warning("%s: %s; trying again for up to %.0f s", where, failure, patience - waited)
+            said = True
         time.sleep(pause * (0.5 + _jitter.random()))
         pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def _judged(error: Exception, where: str, waited: float, patience: float) -> StoreError | str:
+    """What ends the trying, or why it goes on."""
+    reason, may_pass = _reason(error)
+    if may_pass is None:
+        return OutOfSpaceError(
+            f"{where}: expected room in the storage, got {reason}; free space and run the same command again"
+        )
+    limit = min(patience, CREDENTIALS_S) if "credentials" in reason else patience
+    if may_pass and waited <= limit:
+        return reason
+    tried = f" for {waited:.0f} s" if may_pass else ""
+    return RemoteError(f"{where}: expected an answer, got {reason}{tried}; {_advice(error, reason)}")
 
 
 def is_answer(error: Exception) -> bool:
