@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -37,24 +38,42 @@ class StopRequest:
         self.signal = 0
 
 
+class _Note:
+    """A handler that notes a signal, in its own request and in those around it, and gives way to what was before."""
+
+    def __init__(self, request: StopRequest, before: dict[signal.Signals, Any]) -> None:
+        self._request, self._before = request, before
+
+    @property
+    def noted(self) -> int:
+        """The signal that was noted, or 0."""
+        return self._request.signal
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        handler: Any = self
+        while isinstance(handler, _Note):
+            handler._request.signal = handler._request.signal or number  # noqa: SLF001 - one of its own kind
+            handler = handler._before[signal.Signals(number)]  # noqa: SLF001
+        signal.signal(number, handler)
+
+
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Note the first SIGINT and the first SIGTERM instead of dying of them; a second one of its kind acts as ever.
 
-    (`torchrun` hands Ctrl-C on as a SIGTERM of its own, so one of each may come.) Outside the main thread, where Python
-    takes no signals, nothing is ever requested.
+    (`torchrun` hands Ctrl-C on as a SIGTERM of its own, so one of each may come.) One inside another knows what was
+    noted before it, and passes on what it notes. Outside the main thread, where Python takes no signals, nothing is
+    ever requested.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        del frame
-        request.signal = request.signal or number
-        signal.signal(number, before[signal.Signals(number)])
-
+    before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    noted = [handler.noted for handler in before.values() if isinstance(handler, _Note)]
+    request.signal = next(filter(None, noted), 0)
+    note = _Note(request, before)
     for number in SIGNALS:
         signal.signal(number, note)
     try:

@@ -171,6 +171,9 @@ _OF_AUDIT = (
 )  # fmt: skip
 
 
+OF_FOLLOW = ("settle", "poll", "idle", "member_rows", "suffix", "dedupe")
+
+
 def _dump_options(command: F) -> F:
     for option in reversed(_OPTIONS):
         command = option(command)
@@ -193,17 +196,67 @@ def _audit_options(command: F) -> F:
     metavar="OLD",
     help="Make --out a new version of this finished store, its refused rows tried again.",
 )
+@click.option(
+    "--follow",
+    "is_following",
+    is_flag=True,
+    help="Dump files as they arrive, each time into the next store of a series in the folder --out.",
+)
+@click.option(
+    "--settle",
+    type=float,
+    metavar="S",
+    help="With --follow: seconds for which a file must not have changed; default: 10.",
+)
+@click.option("--poll", type=float, metavar="S", help="With --follow: seconds between two looks; default: 10.")
+@click.option(
+    "--idle",
+    type=float,
+    metavar="S",
+    help="With --follow: end after so many seconds without anything new; default: never.",
+)
+@click.option(
+    "--member-rows",
+    type=int,
+    metavar="N",
+    help="With --follow: rows of a store at most, in whole files; default: 131,072.",
+)
+@click.option(
+    "--member-format",
+    "suffix",
+    type=click.Choice(["zarr", "h5"]),
+    callback=_read_by(lambda text: f".{text}"),
+    help="With --follow: of the stores; default: zarr.",
+)
+@click.option(
+    "--dedupe",
+    type=click.Choice(["key", "digest"]),
+    help="With --follow: leave out samples whose key, or whose bytes, an earlier one has.",
+)
 def run_command(quiet: bool, **options: Any) -> None:
     """Run the teacher over the corpus and store its soft targets.
 
     Run the same command again to go on where it stopped. A run that would change what the store holds is refused.
     """
     with command_errors():
-        config = DumpConfig(**options)
+        is_following = options.pop("is_following")
+        following = {name: options.pop(name) for name in OF_FOLLOW}
+        given = {name: value for name, value in following.items() if value is not None}
+        config, say = DumpConfig(**options), _silence if quiet else _note
+        if is_following:
+            from teacherdump.follow import follow
+            from teacherdump.follow_options import FollowOptions
+
+            click.echo(follow(config, FollowOptions(**given), say, quiet).summary())
+            return
+        for name, value in given.items():
+            option = "member_format" if name == "suffix" else name
+            raise ValueError(
+                f"{option}: expected --follow beside it, got {value} alone; give --follow, or leave it out"
+            )
         from teacherdump.run import run
 
-        result = run(config, _silence if quiet else _note, quiet)
-        click.echo(result.summary())
+        click.echo(run(config, say, quiet).summary())
 
 
 @main.command("plan")
