@@ -65,10 +65,10 @@ def retried(where: str, ask: Callable[[], Answer]) -> Answer:
         except Exception as error:
             if is_answer(error):
                 raise
-            failure = _judged(error, where, time.monotonic() - begin + pause, patience)
+            waited = time.monotonic() - begin
+            failure = _judged(error, where, waited, patience - pause)
         if isinstance(failure, StoreError):
             raise failure  # out here, so that it does not carry what the server said, which may repeat credentials
-        waited = time.monotonic() - begin
         if waited > QUIET_S and not said:
             _log.warning("%s: %s; trying again for up to %.0f s", where, failure, patience - waited)
             said = True

@@ -174,7 +174,7 @@ def test_what_can_not_pass_is_said_at_once(place: Place, s3: S3Server) -> None:
 def test_patience_ends_and_is_said_before(
     place: Place, s3: S3Server, impatient: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(remote_retry, "QUIET_S", 0.05)
+    monkeypatch.setattr(remote_retry, "QUIET_S", 0.0)
     s3.ask(fail=100, status=503)
     with caplog.at_level(logging.WARNING), pytest.raises(RemoteError, match=r"got 503 .* for 0 s; check the URL"):
         place.get("k")
