@@ -240,8 +240,8 @@ def findings(look: Look, manifest: Manifest, *, is_spread: bool) -> Iterator[Fin
     least = LEAST_SEQUENCES if is_sequences else LEAST_ROWS
     if num_classes == 1 or look.num_rows < least or look.num_distributions < LEAST_ROWS:
         return
-    of_what = _of_what(look, is_sequences)
-    if _is_constant(look, is_sequences):
+    of_what, is_constant = _of_what(look, is_sequences), _is_constant(look, is_sequences)
+    if is_constant:
         yield Finding(
             "constant",
             f"expected logits that differ from sample to sample, got the same for {of_what}",
@@ -267,7 +267,8 @@ def findings(look: Look, manifest: Manifest, *, is_spread: bool) -> Iterator[Fin
             "the logits are multiplied by something, the teacher gives classes instead of logits, or its input is out "
             "of range: check --scale, --mean and --std",
         )
-    yield from _one_class(look, manifest, is_spread, of_what)
+    if not is_constant:  # which says more
+        yield from _one_class(look, manifest, is_spread, of_what)
     if look.num_at_end >= SATURATED_SHARE * look.num_values > 0 and look.num_near_end >= look.num_at_end / 10:
         yield Finding(
             "saturated",
