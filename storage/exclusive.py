@@ -76,7 +76,7 @@ def discard_begun(path: str, manifest: Manifest) -> None:
     assert folder is not None
     with clear_os_errors(path):
         for name in (MANIFEST, HEAD_FOLDER, "seals", "shards", *(spec.name for spec in manifest.arrays), GROUP):
-            if (folder / name).is_dir():
+            if (folder / name).is_dir() and not (folder / name).is_symlink():
                 shutil.rmtree(folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)

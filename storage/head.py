@@ -7,6 +7,7 @@ Legend: C classes, W width of the hidden state.
 
 import hashlib
 import io
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -72,7 +73,7 @@ def read_head(get_record: Callable[[str], bytes | None], encoding: Hidden, num_c
             "copy of the store"
         )
     try:
-        arrays = [np.lib.format.read_array(io.BytesIO(data), allow_pickle=False) for data in records.values()]
+        arrays = [_loaded(data) for data in records.values()]
     except ValueError as error:  # its digest holds: it was written so
         raise DamageError(f"{where}: {HEAD_WEIGHT}: expected plain .npy records, got {error}; dump it again") from error
     head = HeadArrays(arrays[0], arrays[1] if encoding.has_bias else None)
@@ -97,6 +98,19 @@ def _wrong_arrays(head: HeadArrays, encoding: Hidden, num_classes: int) -> str:
         if not np.isfinite(values).all():
             return f"a {name} of finite numbers, got others"
     return ""
+
+
+def _loaded(data: bytes) -> Array:
+    """The array of a .npy record, whose header must claim just the bytes that are there."""
+    file = io.BytesIO(data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version of the format")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if is_fortran or dtype.kind not in "biuf":
+        raise ValueError(f"{dtype} in Fortran's order" if is_fortran else f"{dtype}")
+    if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+        raise ValueError(f"a shape {shape} in {len(data)} bytes")
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
 
 
 def _npy_bytes(values: Array) -> bytes:

@@ -19,7 +19,7 @@ FIRST_ROW = "first_row"  # in `corpus`, where the rows are only some of its samp
 PER_POSITION = {"per": "position"}  # beside a sequence store's encoding: what makes a reader of 1.0 refuse it
 COMPRESSION, TIGHT = "compression", "max"  # in the provenance of a store that was packed tightly
 MOST_CHUNK_BYTES = (2 << 30) - 64  # of one array: what Blosc takes
-MAX_CLASSES = 1 << 24  # what counts classes takes memory for each, whether or not a row has it
+MAX_CLASSES = 1 << 22  # what counts classes takes memory for each, whether or not a row has it
 
 Compressor = Literal["none", "zstd"]
 

@@ -54,6 +54,7 @@ from studenttrain.metrics import METRICS, TENSORBOARD
 from studenttrain.models import build_model
 
 MAX_READERS = 8
+MOST_TIMES_ITS_ROWS = 1000  # a store of so many times the samples of its corpus is not looked at further
 LOCK = ".lock"
 # What a run makes before its first checkpoint, and may leave behind without one.
 BEGINNING = frozenset(
@@ -131,6 +132,8 @@ def prepare(config: FitConfig, store: Store, stack: contextlib.ExitStack) -> Pre
     )
     hard_targets = check_hard_targets(corpus, store.manifest.num_classes)
     if hard_targets is None and store.manifest.has_hard_targets:
+        if store.manifest.num_rows > MOST_TIMES_ITS_ROWS * corpus.num_samples:
+            check_row_count(store, corpus)  # before there is memory for each row that the manifest claims
         hard_targets = stored_hard_targets(store)
     has_hard_targets = hard_targets is not None and bool((hard_targets >= 0).any())
     if isinstance(store, Series):  # what is known of the first rows must not decide for all

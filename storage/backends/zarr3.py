@@ -5,7 +5,6 @@ read straight into the result, with the same checks, since zarr-python's own rea
 holds both to the same answers.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -45,7 +44,7 @@ from storage.backends.zarr_objects import (
 from storage.errors import DamageError, PathError
 from storage.head import HEAD_FOLDER
 from storage.manifest import FORMAT_NAME, Manifest
-from storage.untrusted import check_record_size, open_inside, record_limit, refuse_links
+from storage.untrusted import check_record_size, open_inside, parse_json, record_limit, refuse_links
 
 __all__ = [
     "CRC_BYTES",
@@ -106,9 +105,9 @@ class ZarrBackend:
         if not found:
             return all(path.parent == self.path and path.suffix == ".partial" for path in self.path.iterdir())
         try:
-            attributes = json.loads((self.path / GROUP).read_bytes())["attributes"]
-            return found <= legal and attributes["format"] == FORMAT_NAME
-        except (OSError, ValueError, KeyError, TypeError):
+            attributes = parse_json(read_record(self.path, GROUP) or b"", GROUP)["attributes"]
+            return found <= legal and bool(attributes["format"] == FORMAT_NAME)
+        except (DamageError, KeyError, TypeError):
             return False
 
     def attach(self, manifest: Manifest) -> None:

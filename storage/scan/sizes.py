@@ -3,7 +3,9 @@
 import h5py
 
 from storage.backends import Hdf5Backend
+from storage.backends.hdf5_plain import plain_dataset
 from storage.reader import Store
+from storage.untrusted import refuse_links
 
 
 def bytes_by_array(store: Store) -> dict[str, int]:
@@ -20,7 +22,9 @@ def bytes_by_array(store: Store) -> dict[str, int]:
         return totals
     parts = [backend.parts / "shards" / f"{shard:08d}.h5" for shard in store.sealed_shards()]
     for path in [backend.path] if store.finalized else parts:
+        if path in parts:
+            refuse_links(backend.parts, path)
         with h5py.File(path, "r", locking=False) as file:  # as the backend opens it: HDF5 wants all to agree
             for name in totals:
-                totals[name] += file[name].id.get_storage_size()
+                totals[name] += plain_dataset(file, name, backend.path).id.get_storage_size()
     return totals

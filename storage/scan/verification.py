@@ -19,6 +19,7 @@ from storage.scan.passes import Block, Progress, blocks, fold_shards, one_at_a_t
 from storage.scan.rows import broken_rules
 from storage.series import is_series
 
+MAX_LOST_SEALS = 1000  # after so many, one more says nothing new: a final record may claim millions
 SPOT_HEAD_VALUES = 1 << 26  # of a head so small, every block's rows are recomputed; of a larger one, a shard's first's
 
 
@@ -123,6 +124,7 @@ def verify(path: str | Path, *, num_workers: int | None = None, progress: Progre
 def _verify(store: Store, num_workers: int | None, progress: Progress | None) -> VerifyResult:
     sealed = store.sealed_shards()
     records = _check_records(store, sealed)
+    sealed = sealed[: records.num_looked_at]
     advance = one_at_a_time(progress)
     head = records.head
     shards = fold_shards(sealed, lambda shard: _check_shard(store, shard, head, advance), _merge, num_workers)
@@ -167,12 +169,19 @@ class _Records:
     damage: tuple[Damage, ...]
     content_digest: str | None
     head: HeadArrays | None
+    num_looked_at: int
 
 
 def _check_records(store: Store, sealed: tuple[int, ...]) -> _Records:
     """Read every seal, and check the final record and the metadata against what is there."""
-    damage, seals, state, num_quarantined = [], [], hashlib.sha256(), 0
+    damage: list[Damage] = []
+    seals, state, num_quarantined, looked_at = [], hashlib.sha256(), 0, 0
     for shard in sealed:
+        if len(damage) >= MAX_LOST_SEALS:
+            text = f"{store.path}: expected a store, got {len(damage):,} seals that are none; the others were not read"
+            damage.append(Damage(text))
+            break
+        looked_at += 1
         try:
             seal = store.seal(shard)
         except NotSealedError:
@@ -198,7 +207,7 @@ def _check_records(store: Store, sealed: tuple[int, ...]) -> _Records:
     except DamageError as error:
         damage.append(Damage.of(error))
     damage += [Damage(f"{store.path}: {text}") for text in check_metadata(store)]
-    return _Records(tuple(damage), digest, head)
+    return _Records(tuple(damage), digest, head, looked_at)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def test_packing_and_provenance_are_no_part_of_the_content_digest() -> None:
     ("fields", "message"),
     [
         ({"num_rows": 0}, "num_rows: expected a whole number, at least 1, got 0"),
-        ({"num_classes": 0}, "num_classes: expected 1 to 16,777,216, got 0"),
+        ({"num_classes": 0}, "num_classes: expected 1 to 4,194,304, got 0"),
         ({"temperatures": ()}, r"temperatures: expected numbers above 0, got \[\]"),
         ({"temperatures": (0.0,)}, "temperatures: expected numbers above 0"),
         ({"temperatures": (1.0, float("inf"))}, "temperatures: expected numbers above 0"),
