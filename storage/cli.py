@@ -12,6 +12,7 @@ import click
 from storage.combine_cli import combine_command
 from storage.console import Pass, command_errors, format_bytes, format_count, format_plural, printable, progress
 from storage.copy_cli import copy_command
+from storage.diff_cli import diff_command
 from storage.errors import StoreError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def main() -> None:
 
 main.add_command(combine_command)
 main.add_command(copy_command)
+main.add_command(diff_command)
 
 
 @main.command()

@@ -6,7 +6,7 @@ from typing import Any
 
 from storage.console import format_bytes, format_count, format_plural
 from storage.encodings import Hidden, Sample, TopK
-from storage.manifest import FIRST_ROW
+from storage.manifest import COMBINED, FIRST_ROW
 from storage.reader import Store, open_store
 from storage.series import Series
 
@@ -45,6 +45,7 @@ def _info(store: Store) -> dict[str, Any]:
         "has_hard_targets": manifest.has_hard_targets,
         "sequences": None if sequences is None else sequences.to_json(),
         "lineage": None if manifest.lineage is None else [dict(origin) for origin in manifest.lineage],
+        "combined": manifest.extra.get(COMBINED),
         "teacher": dict(manifest.teacher),
         "corpus": dict(manifest.corpus),
         "preprocess": dict(manifest.preprocess),
@@ -141,6 +142,7 @@ def _facts(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "layout", layout
     yield "size", _size(figures)
     yield "lineage", _joined([_origin(origin) for origin in figures["lineage"] or ()])
+    yield "combined", _combined(figures["combined"])
     if "members" in figures:
         files = sum(member["num_files"] for member in figures["members"])
         left_out = sum(member["num_left_out"] for member in figures["members"])
@@ -203,6 +205,16 @@ def _origin(origin: Mapping[str, Any]) -> str:
     encoding = origin.get("encoding")
     name = encoding.get("name") if isinstance(encoding, Mapping) else None
     return f"from {name or 'a store'} {_digest('digest', origin.get('content_digest'))}".rstrip()
+
+
+def _combined(combined: Any) -> str:
+    """`of 2 stores, kept probabilities within 0.01, entropy within 0.05`."""
+    if not isinstance(combined, Mapping):
+        return ""
+    names = {"probability_within": "kept probabilities", "entropy_within": "entropy", "max_logit_within": "max_logit"}
+    bounds = [(names[name], combined[name]) for name in names if isinstance(combined.get(name), float | int)]
+    said = [f"{what} within {value:g}" for what, value in bounds if value]
+    return _joined([f"of {combined.get('num_stores')} stores", *(said or ["exact up to rounding"])])
 
 
 def _classes(figures: Mapping[str, Any]) -> str:

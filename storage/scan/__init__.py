@@ -4,6 +4,7 @@ from storage.scan.combine_options import CombineOptions
 from storage.scan.combining import CombineResult, combine
 from storage.scan.conversion import ConvertResult, check_target, convert
 from storage.scan.copying import CopyResult, copy
+from storage.scan.difference import DiffResult, diff
 from storage.scan.figures import Agreement, Entropy, KeptMass, Refused, Stats, class_label
 from storage.scan.picture import check_picture_path, write_picture
 from storage.scan.selection import Selection, choose, parse_rows
@@ -17,6 +18,7 @@ __all__ = [
     "ConvertResult",
     "CopyResult",
     "Damage",
+    "DiffResult",
     "Entropy",
     "KeptMass",
     "Refused",
@@ -30,6 +32,7 @@ __all__ = [
     "combine",
     "convert",
     "copy",
+    "diff",
     "parse_rows",
     "stats",
     "verify",

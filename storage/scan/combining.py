@@ -13,16 +13,17 @@ from typing import Any
 from storage.encodings import Encoding, Sample, TopK
 from storage.exclusive import sole_run
 from storage.layout import Layout
-from storage.manifest import Manifest
+from storage.manifest import COMBINED, Manifest
 from storage.reader import open_store
 from storage.scan.combine_options import CombineOptions, choose_encoding
 from storage.scan.combined_rows import MemberRows, combined_rows
 from storage.scan.conversion import check_target
 from storage.scan.ensemble import Combine
 from storage.scan.members import (
-    COMBINED,
+    BOUNDS,
     Member,
     SealedRows,
+    bounds_of,
     check_members,
     ensemble_identity,
     lineage_of,
@@ -134,15 +135,15 @@ def combine(
 
 def _within(members: Sequence[Member], survey: Survey, encoding: Encoding) -> dict[str, float]:
     """How far the new store may be from the ensemble, those bounds included that the stores have themselves."""
-    own = {"probability_within": 0.0, "entropy_within": 0.0, "max_logit_within": 0.0}
+    own = dict.fromkeys(BOUNDS, 0.0)
     if isinstance(encoding, TopK):
         own |= {"probability_within": float(survey.off_K[encoding.k - 1]), "entropy_within": survey.entropy_within}
         own |= {"max_logit_within": survey.max_logit_within}
     elif isinstance(encoding, Sample):
         own |= {"entropy_within": math.log(len(members)) / 2, "max_logit_within": math.log(len(members)) / 2}
-    before = [member.manifest.extra.get(COMBINED) or {} for member in members]
+    before = [bounds_of(member.manifest) for member in members]
     return {
-        name: _rounded_up(value + sum(float(bounds.get(name, 0.0)) for bounds in before) / len(members))
+        name: _rounded_up(value + sum(bounds.get(name, 0.0) for bounds in before) / len(members))
         for name, value in own.items()
     }
 

@@ -11,12 +11,12 @@ import numpy as np
 from storage.arrays import Array, Arrays
 from storage.errors import CorpusMismatchError, DamageError, MismatchError, NotSealedError
 from storage.layout import Layout
-from storage.manifest import Manifest
+from storage.manifest import COMBINED, Manifest
 from storage.reader import Store
 from storage.records import QuarantineEntry
 from storage.scan.ensemble import Combine
 
-COMBINED = "combined"  # field of a combined store's manifest: how far what it says may be from the ensemble's
+BOUNDS = ("probability_within", "entropy_within", "max_logit_within")  # in it; nats but for the first
 SHARED = ("num_rows", "num_classes", "class_names", "has_hard_targets", "sequences")
 ENSEMBLE = "ensemble"  # as `teacherdump` names the kind of a teacher that is several models
 
@@ -116,6 +116,24 @@ class SealedRows:
                     raise DamageError.in_shard(
                         self._member.store.path, name, shard, None, "the sealed sha256 to hold, got another"
                     )
+
+
+def bounds_of(manifest: Manifest) -> dict[str, float]:
+    """How far a store may be from the ensemble that it was combined to, by name; empty where it was not.
+
+    Raises:
+        DamageError: the manifest says no such thing.
+    """
+    said = manifest.extra.get(COMBINED, {})
+    if not isinstance(said, dict):
+        raise DamageError(f"manifest: expected an object as {COMBINED!r}, got another; take another copy of the store")
+    bounds = {name: value for name, value in said.items() if name in BOUNDS}
+    for name, value in bounds.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise DamageError(
+                f"manifest: expected a number of at least 0 as {name!r}, got {value!r}; take another copy of the store"
+            )
+    return bounds
 
 
 def check_members(members: Sequence[Member]) -> list[str]:

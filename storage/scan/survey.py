@@ -13,7 +13,7 @@ from storage.encodings import Encoding, TopK
 from storage.errors import MismatchError
 from storage.layout import Layout
 from storage.scan.combined_rows import MemberRows, has_targets, known_parts
-from storage.scan.members import COMBINED, Member, check_same_samples
+from storage.scan.members import Member, bounds_of, check_same_samples
 from storage.scan.passes import BLOCK_BYTES, Progress
 
 SAMPLES = ("status", "sample_digest", "hard_target")
@@ -114,8 +114,7 @@ def choose_k(survey: Survey, encoding: TopK, k: int | None, tolerance: float, me
     Raises:
         MismatchError: some row is further off.
     """
-    bounds = [float((member.manifest.extra.get(COMBINED) or {}).get("probability_within", 0.0)) for member in members]
-    before = sum(bounds) / len(bounds)
+    before = sum(bounds_of(member.manifest).get("probability_within", 0.0) for member in members) / len(members)
     allowed = np.flatnonzero(survey.off_K + before <= tolerance) + 1
     if k is None and len(allowed):
         return replace(encoding, k=int(allowed[-1]))
