@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import PathError, TeacherError
-from teacherdump.cluster_team import SHARDS_IN_FLIGHT, Team, clear_of_the_scheduler
+from teacherdump.cluster_team import SHARDS_IN_FLIGHT, Team, WorkerDiedError, clear_of_the_scheduler
 from teacherdump.config import DumpConfig
 from teacherdump.source import MOST_READERS
 
 CONNECT_S = 20.0  # until a scheduler must have answered
 CLOSE_S = 5.0  # that a cluster is given to close itself
+NUM_STARTS = 3  # of a cluster of this machine
 
 
 @contextlib.contextmanager
@@ -35,7 +37,7 @@ def open_team(config: DumpConfig, say: Callable[[str], object]) -> Iterator[Team
         num_readers = config.readers
         if config.workers is not None and num_readers is None:
             num_readers = min(MOST_READERS, threads_of_a_worker(config.workers))
-        team = Team(client, num_readers)
+        team = Team(client, num_readers, revive=functools.partial(_revive, cluster))
         with clear_of_the_scheduler():
             team.watch()
         try:
@@ -81,14 +83,48 @@ def _cluster(config: DumpConfig) -> Iterator[Any]:
     scheduler = {"host": "127.0.0.1", "port": 0, "allowed_failures": 0, "dashboard_address": "127.0.0.1:0"}
     scheduler |= {"dashboard": True}
     environ = "distributed.nanny.pre-spawn-environ"  # before torch is loaded; dask's own choice is one thread
-    threads_of = {f"{environ}.{name}_NUM_THREADS": threads for name in ("OMP", "MKL", "OPENBLAS")}
-    with dask.config.set(threads_of):
-        cluster = SpecCluster(spec, scheduler={"cls": Scheduler, "options": scheduler}, silence_logs=logging.CRITICAL)
-    try:
-        yield cluster
-    finally:
-        with contextlib.suppress(OSError, asyncio.TimeoutError):
-            cluster.close(timeout=CLOSE_S)
+    settings: dict[str, Any] = {f"{environ}.{name}_NUM_THREADS": threads for name in ("OMP", "MKL", "OPENBLAS")}
+    # Else the cluster gives up a worker that is not there 15 s after a death: also one that died again just then.
+    settings["distributed.deploy.lost-worker-timeout"] = "1000 days"
+    with dask.config.set(settings):
+        cluster = _started(
+            lambda: SpecCluster(
+                dict(spec), scheduler={"cls": Scheduler, "options": dict(scheduler)}, silence_logs=logging.CRITICAL
+            )
+        )
+        try:
+            yield cluster
+        finally:
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                cluster.close(timeout=CLOSE_S)
+
+
+def _started(start: Callable[[], Any]) -> Any:
+    """A cluster whose workers are all there; begun anew where one of them dies before it is.
+
+    Raises:
+        WorkerDiedError: that happened each time.
+    """
+    for _ in range(NUM_STARTS):
+        with contextlib.suppress(RuntimeError):  # what a nanny raises whose worker is killed
+            return start()
+    raise WorkerDiedError(
+        f"workers: expected them to start, got one that died, {NUM_STARTS} times; is there memory enough for all? Give "
+        "fewer --workers, or run without to see what happens"
+    )
+
+
+def _revive(cluster: Any) -> None:
+    """Start the workers of this machine anew that nobody looks after any more: killed while they were started again."""
+    if isinstance(cluster, str):  # of another machine: that is not ours
+        return
+    from distributed import Status
+
+    gone = [name for name, nanny in cluster.workers.items() if nanny.status in (Status.closed, Status.failed)]
+    for name in gone:
+        del cluster.workers[name]
+    if gone:
+        cluster.scale(len(cluster.worker_spec))
 
 
 @contextlib.contextmanager

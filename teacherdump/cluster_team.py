@@ -60,12 +60,14 @@ class Team:
     Attributes:
         client: of the scheduler, as distributed has it.
         num_readers: threads that decode samples in a worker; None leaves it to the worker.
+        revive: starts workers anew that are gone for good, where that is for the run to do.
         events: what happened, in order.
         names: of the workers that are there, by address.
     """
 
     client: Any
     num_readers: int | None
+    revive: Callable[[], None] = lambda: None
     events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
     names: dict[str, str] = field(default_factory=dict)
     _num_tasks: int = 0
@@ -92,6 +94,7 @@ class Team:
     def look(self) -> None:
         """Put into the events who came and went unseen."""
         self._looked = time.monotonic()
+        self.revive()
         there = self.client.scheduler_info(n_workers=-1)["workers"]
         for address in set(self.names) - set(there):
             self.events.put(Left(address, is_expected=False))
