@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from storage.errors import DamageError, RemoteError
-from storage.remote_retry import is_answer, retried
+from storage.remote_retry import LostObjectError, is_answer, retried
 from storage.urls import checked_key, checked_url, is_url, split_url
 
 if TYPE_CHECKING:
@@ -62,10 +62,6 @@ class State:
     num_bytes: int
     e_tag: str | None
     version: str | None
-
-
-class LostObjectError(RemoteError):
-    """An object that should be there is not, or is shorter than it should be: take another copy."""
 
 
 def open_place(url: str) -> "Place":

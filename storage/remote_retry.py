@@ -16,6 +16,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 QUIET_S = 5.0  # of trying again before a person is told
 CREDENTIALS_S = 10.0  # that a service which hands out credentials is asked for, where there may be none
 BUSY_STATUS = (408, 425, 429)
+NO_SUCH_RANGE = "416 "
 METADATA_SERVICES = ("169.254.169.254", "metadata.google.internal", "169.254.170.2")
 FULL_STATUS = "507"
 FULL_CODES = ("XMinioStorageFull", "StorageFull", "QuotaExceeded", "InsufficientCapacity")
@@ -23,6 +24,10 @@ FULL_CODES = ("XMinioStorageFull", "StorageFull", "QuotaExceeded", "Insufficient
 Answer = TypeVar("Answer")
 _log = logging.getLogger("logitstore.remote")
 _jitter = random.SystemRandom()  # nobody's seed is touched
+
+
+class LostObjectError(RemoteError):
+    """An object that should be there is not, or is shorter than it should be: take another copy."""
 
 
 def retry_s() -> float:
@@ -82,6 +87,11 @@ def _judged(error: Exception, where: str, waited: float, patience: float) -> Sto
     if may_pass is None:
         return OutOfSpaceError(
             f"{where}: expected room in the storage, got {reason}; free space and run the same command again"
+        )
+    if reason.startswith(NO_SUCH_RANGE):
+        return LostObjectError(
+            f"{where}: expected all bytes that were asked for, got fewer; the object is shorter than it should be: "
+            "take another copy"
         )
     limit = min(patience, CREDENTIALS_S) if "credentials" in reason else patience
     if may_pass and waited <= limit:

@@ -172,13 +172,32 @@ class ShardReader:
     @contextlib.contextmanager
     def holding(self, shard: int) -> Iterator[None]:
         """All objects of a shard in memory, so that whoever hashes them and reads their rows gets them only once."""
-        keys = [self._key(name, shard) for name in self._chunks]
-        found = self._each(lambda key: self._place.get(key, self._max_object_bytes()), keys)
-        self._held[shard] = {key: data for key, data in zip(keys, found, strict=True) if data is not None}
+
+        def get(name: str) -> bytes | None:
+            with contextlib.suppress(DamageError):  # whoever reads it will say so
+                return self._whole(name, shard)
+            return None
+
+        found = zip(self._chunks, self._each(get, self._chunks), strict=True)
+        self._held[shard] = {self._key(name, shard): data for name, data in found if data is not None}
         try:
             yield
         finally:
             self._held.pop(shard, None)
+
+    def _whole(self, name: str, shard: int) -> bytes:
+        """All bytes of an array's part of a shard; one that is larger than it can be is not read."""
+        key = self._key(name, shard)
+        held = self._held.get(shard, {}).get(key)
+        if held is not None:
+            return held
+        try:
+            data = self._place.get(key, self._max_object_bytes())
+        except DamageError as error:
+            raise self._chunks_of(name, shard).damage(None, "no more bytes than its rows take, got more") from error
+        if data is None:
+            raise self._chunks_of(name, shard).damage(None, "its object, got none")
+        return data
 
     def _max_object_bytes(self) -> int:
         """More than any object of a shard can have, so that none fills the memory."""
@@ -188,13 +207,6 @@ class ShardReader:
 
     def digests(self, shard: int) -> dict[str, dict[str, Any]]:
         """Digests of a shard's objects, each read whole."""
-
-        def digest(name: str) -> tuple[str, dict[str, Any]]:
-            key = self._key(name, shard)
-            data = self._held.get(shard, {}).get(key)
-            data = self._place.get(key, self._max_object_bytes()) if data is None else data
-            if data is None:
-                raise DamageError.in_shard(self._place.url, name, shard, None, "its object, got none")
-            return key, bytes_digest(data)
-
-        return dict(self._each(digest, sorted(self._chunks)))
+        names = sorted(self._chunks)
+        found = self._each(lambda name: bytes_digest(self._whole(name, shard)), names)
+        return {self._key(name, shard): digest for name, digest in zip(names, found, strict=True)}
