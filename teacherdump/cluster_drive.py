@@ -73,6 +73,8 @@ class Drive:
         for address in set(self.team.names) - fit:
             self._check(address)
         while not is_stopped():
+            if self.fit:
+                self.noted = time.monotonic()
             self._wait_for_room(is_stopped)
             self._fill()
             if not any(flight.piece for flight in self.flights.values()) and not self._is_waiting_for_workers():
@@ -140,6 +142,11 @@ class Drive:
         """
         if self.fit and not self.suspects.num_waiting:
             return False
+        if self.team.num_revived > MOST_DEATHS:
+            raise WorkerDiedError(
+                "workers: expected them to start again, got some that died each time before they were there; is there "
+                "memory enough for all? Give fewer --workers; what is sealed stays"
+            )
         if not self.fit and not self.flights and self.team.names and self.refusal is not None:
             raise self.refusal.error
         if not self.fit and not self.suspects.num_waiting and not self.again:
@@ -225,9 +232,8 @@ class Drive:
             return
         if flights:
             self.num_deaths += 1
-            shards = ", ".join(format_count(piece.shard) for piece in pieces)
-            what = f"; {'shard' if len(pieces) == 1 else 'shards'} {shards}: done again" if pieces else ""
-            self.say(f"worker {name} died{what}")
+            had = " and ".join(_describe(piece) for piece in pieces)
+            self.say(f"worker {name} died" + (f"; it had {had}" if had else ""))
         for line in self.suspects.died(pieces):
             self.say(line)
         if self.num_deaths > MOST_DEATHS + 2 * len(self.fit):
@@ -250,3 +256,9 @@ class Drive:
             self.suspects.put_back(flight.piece)
         else:
             self.again.append(flight.piece)
+
+
+def _describe(piece: Piece) -> str:
+    if piece.is_whole:
+        return f"shard {format_count(piece.shard)}"
+    return f"rows {format_count(piece.start)} to {format_count(piece.stop - 1)} of shard {format_count(piece.shard)}"

@@ -114,10 +114,10 @@ def _started(start: Callable[[], Any]) -> Any:
     )
 
 
-def _revive(cluster: Any) -> None:
+def _revive(cluster: Any) -> int:
     """Start the workers of this machine anew that nobody looks after any more: killed while they were started again."""
     if isinstance(cluster, str):  # of another machine: that is not ours
-        return
+        return 0
     from distributed import Status
 
     gone = [name for name, nanny in cluster.workers.items() if nanny.status in (Status.closed, Status.failed)]
@@ -125,6 +125,7 @@ def _revive(cluster: Any) -> None:
         del cluster.workers[name]
     if gone:
         cluster.scale(len(cluster.worker_spec))
+    return len(gone)
 
 
 @contextlib.contextmanager

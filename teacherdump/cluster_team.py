@@ -60,16 +60,18 @@ class Team:
     Attributes:
         client: of the scheduler, as distributed has it.
         num_readers: threads that decode samples in a worker; None leaves it to the worker.
-        revive: starts workers anew that are gone for good, where that is for the run to do.
+        revive: starts workers anew that are gone for good, where that is for the run to do; says how many.
         events: what happened, in order.
         names: of the workers that are there, by address.
+        num_revived: workers that were started anew since one came.
     """
 
     client: Any
     num_readers: int | None
-    revive: Callable[[], None] = lambda: None
+    revive: Callable[[], int] = lambda: 0
     events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
     names: dict[str, str] = field(default_factory=dict)
+    num_revived: int = 0
     _num_tasks: int = 0
     _looked: float = 0.0
 
@@ -94,7 +96,7 @@ class Team:
     def look(self) -> None:
         """Put into the events who came and went unseen."""
         self._looked = time.monotonic()
-        self.revive()
+        self.num_revived += self.revive()
         there = self.client.scheduler_info(n_workers=-1)["workers"]
         for address in set(self.names) - set(there):
             self.events.put(Left(address, is_expected=False))
@@ -114,7 +116,7 @@ class Team:
         worker = self.client.scheduler_info(n_workers=-1)["workers"].get(address)
         if worker is None:
             return False
-        self.names[address] = str(worker["name"])
+        self.names[address], self.num_revived = str(worker["name"]), 0
         return True
 
     def submit(self, call: Callable[..., object], *args: object, address: str) -> tuple[str, Any]:
