@@ -76,8 +76,8 @@ class Room:
             free = free_bytes(self._path)
             there = "" if free is None else f", {format_bytes(free)} are free"
             self._say(
-                f"waiting: {self._path} is full: the next shard takes up to {format_bytes(num_bytes)}{there}; free "
-                f"space, and the run goes on by itself; it waits {format_duration(self._hours * 3600)}"
+                f"waiting: {self._path} is full: what is written next takes up to {format_bytes(num_bytes)}{there}; "
+                f"free space, and the run goes on by itself; it waits {format_duration(self._hours * 3600)}"
             )
         self._free = free_bytes(self._path)
         while True:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
+from storage.backends import Hdf5Backend
 from storage.console import Pass, format_bytes, format_count, format_duration, format_rate, progress
 from storage.corpus import verify_hard_targets
 from storage.errors import OutOfSpaceError, StoreError
@@ -80,7 +81,7 @@ class DumpResult:
         rows = f"{format_count(self.num_sealed_rows)} of {format_count(self.num_rows)} rows"
         refused = f"{format_count(self.num_refused)} refused"
         if self.num_refused:
-            refused += f" (logitstore stats {shlex.quote(self.path)} lists them)"
+            refused += f" (logitstore info {shlex.quote(self.path)} --quarantine lists them)"
         if self.content_digest is not None and self.num_sealed_rows < self.num_rows:
             state = f"finalized at {rows}; the others can't be added any more; {refused}"
         else:
@@ -259,7 +260,7 @@ def _dump_owed(
 ) -> DumpResult:
     layout, row_bytes = writer.layout, job.manifest.row_bytes
     owed, tally = _owed(writer, old), _Tally()
-    limits, room = _limits(config), Room(writer.store.path, config.wait_for_room, say)
+    limits = _limits(config)
     planned = _planned(config, job.manifest, owed, say)
 
     def within_limits() -> Iterator[int]:
@@ -281,6 +282,7 @@ def _dump_owed(
 
     with watching(config, writer.manifest, len(owed), planned, say) as watch, _told_of_the_end(watch):
         job = replace(job, manifest=writer.manifest)
+        room = Room(writer.store.path, config.wait_for_room, watch.telling(say))
         with stop_requests() as request:
             try:
                 with progress(planned, "rows", "dumping", quiet=quiet) as bar:
@@ -378,7 +380,8 @@ def _finish(
         tally.limit = None
         try:
             with progress(writer.layout.num_rows, "rows", "checking", quiet=quiet) as bar:
-                num_bytes = writer.store.backend.num_bytes()  # HDF5 is packed into one file
+                backend = writer.store.backend
+                num_bytes = backend.num_bytes() if isinstance(backend, Hdf5Backend) else 0  # it is packed into one file
                 room = room or Room(writer.store.path, 0, _unsaid)
                 room.keep_trying(lambda: writer.finalize(old is not None, bar.advance), num_bytes, lambda: False)
         except KeyboardInterrupt as error:

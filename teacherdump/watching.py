@@ -100,6 +100,15 @@ class Watch:
             self.metrics.add(report)
         self.limit.take(report.seal.shard, report.num_rows, report.seal.quarantine)
 
+    def telling(self, say: Say) -> Say:
+        """What tells a person about the room on the disk, and puts into the log that the run waits, or goes on."""
+
+        def tell(text: str) -> None:
+            say(text)
+            self.log.event(text.partition(":")[0])
+
+        return tell
+
     def end(self, outcome: str, **figures: Any) -> None:
         """The run ends; what the figures say beside its rows, where it is not None."""
         seconds = time.perf_counter() - self._start

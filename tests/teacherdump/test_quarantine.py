@@ -302,3 +302,21 @@ def test_a_retry_from_the_command_line_says_what_it_did(
     assert result.exit_code == 0, result.output
     assert "retrying 4 rows of" in result.stderr
     assert "4 came back" in result.stdout
+
+
+@pytest.mark.slow
+def test_stores_in_one_bucket_share_shards_without_their_bytes_coming_here(
+    moody: Callable[..., Any], s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from storage.backends import RemoteBackend
+
+    url = s3.url("quarantine")
+    old = moody(out=f"{url}/old.zarr")
+    monkeypatch.setattr(Moody, "is_moody", False)
+    whole = moody(out=str(tmp_path / "whole.zarr"))
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteBackend, "write_object", lambda *_: pytest.fail("an object came here"))
+        new = moody(out=f"{url}/new.zarr", retry_quarantined=old.path)
+    assert new.content_digest == whole.content_digest
+    local = moody(out=str(tmp_path / "new.zarr"), retry_quarantined=old.path)
+    assert local.content_digest == whole.content_digest

