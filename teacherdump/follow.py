@@ -75,6 +75,11 @@ def _check_config(config: DumpConfig) -> None:
         )
     if config.array is not None:
         raise ValueError(f"array: expected none with --follow, which takes many files, got {config.array!r}")
+    if config.sequence_length is not None:
+        raise ValueError(
+            f"sequence_length: expected none with --follow, which takes samples that stand alone, got "
+            f"{config.sequence_length}; dump text and tokens without --follow"
+        )
     if config.retry_quarantined is not None:
         raise ValueError("retry_quarantined: expected no --follow beside it, got both; retry one store of the series")
     if config.corpus_kind not in (None, *FILE_KINDS):
@@ -133,12 +138,13 @@ class _Follower:
         while not self._is_limited():
             entries = self._look()
             self._tell_changes(entries)
-            if self._add_members(self._settling.settled(self._new(entries))) or self._settling.num_waiting:
+            added = self._add_members(self._settling.settled(self._new(entries)))
+            if added or self._settling.num_waiting:
                 last_new = time.monotonic()
-            is_idle = self.options.idle is not None and time.monotonic() - last_new >= self.options.idle
-            if is_idle or self._is_limited():
+            elif self.options.idle is not None and time.monotonic() - last_new >= self.options.idle:
                 return
-            self._wait()
+            if not added:  # else more may have come meanwhile
+                self._wait()
 
     def _check_dedupe(self) -> None:
         """Refuse to compare samples otherwise than for the members that are there."""
@@ -284,8 +290,6 @@ class _Follower:
         """Hashes of the samples that are new, and the places of those that are not."""
         by = self.options.dedupe
         assert by is not None
-        if corpus.sample_kind == "tokens":
-            raise ValueError("dedupe: expected samples that stand alone, got sequences of tokens; leave --dedupe out")
         readers = self.config.readers or min(MOST_READERS, os.cpu_count() or 1)
         hashes_N = sample_hashes(corpus, by, readers)
         repeated = self._known.repeated(hashes_N).tolist()
