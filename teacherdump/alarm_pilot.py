@@ -89,7 +89,8 @@ def choose_rows(manifest: Manifest, batch_size: int) -> NDArray[np.int64]:
     num_rows = min(most, max(least, manifest.num_rows // SHARE_OF_CORPUS))
     if manifest.provenance.get("compile"):
         num_rows = -(-num_rows // batch_size) * batch_size
-    return np.array(spread_rows(manifest.num_rows, min(num_rows, manifest.num_rows)), np.int64)
+    kind = str(manifest.corpus.get("kind"))
+    return np.array(spread_rows(manifest.num_rows, min(num_rows, manifest.num_rows), kind), np.int64)
 
 
 @dataclass(frozen=True, eq=False)

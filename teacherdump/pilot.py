@@ -134,7 +134,8 @@ def run_pilot(job: Job, config: DumpConfig, options: PilotOptions, rows_per_s: f
     """
     manifest, num_rows = job.manifest, job.corpus.num_samples
     num_positions = 1 if manifest.sequences is None else manifest.sequences.num_positions
-    rows_N = np.array(spread_rows(num_rows, options.rows or pilot_rows(num_positions, manifest.num_classes)), np.int64)
+    most = options.rows or pilot_rows(num_positions, manifest.num_classes)
+    rows_N = np.array(spread_rows(num_rows, most, job.corpus.kind), np.int64)
     head = head_of(job)
     trials = [Trial.of(job, config, encoding) for encoding in encodings_to_try(job, head)]
     num_given = 0

@@ -133,7 +133,7 @@ def _probe(corpus: Corpus) -> list[tuple[str, tuple[int, ...]]]:
     """
     files = corpus.sample_kind == "image" and not isinstance(corpus, ReadsRows)
     reason, shapes = "", []
-    for row in spread_rows(corpus.num_samples, NUM_PROBED):
+    for row in spread_rows(corpus.num_samples, NUM_PROBED, corpus.kind):
         try:
             raw = corpus.read_raw(row)
             shape: tuple[int, ...] = image_shape(raw) if files else corpus.decode(raw).shape

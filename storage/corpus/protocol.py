@@ -16,6 +16,11 @@ SampleKind = Literal["image", "array", "tokens"]
 TokenType = Literal["uint8", "uint16", "uint32", "int32", "int64"]
 
 
+# Kinds of which one row is read with those around it, and in how many places some rows of them are looked at.
+BLOCK_KINDS = ("webdataset", "parquet")
+_MAX_RUNS = 8
+
+
 class SampleError(CorpusError):
     """One sample can't be read, decoded or preprocessed: its row is quarantined, the others go on."""
 
@@ -159,11 +164,24 @@ def read_raws(samples: Samples, rows_N: NDArray[np.int64]) -> "list[bytes | Samp
     return raws
 
 
-def spread_rows(num_samples: int, most: int) -> list[int]:
-    """At most `most` rows, evenly spread, the first and the last among them.
+def spread_rows(num_samples: int, most: int, kind: str = "") -> list[int]:
+    """At most `most` rows, spread over all, the first and the last among them.
+
+    Args:
+        num_samples: rows of the corpus.
+        most: at least 1.
+        kind: of the corpus; of one that is read in blocks, the rows lie in a few runs, so that few blocks are read.
 
     Example:
         >>> spread_rows(100, 4)
         [0, 33, 66, 99]
+        >>> spread_rows(100, 16, "parquet")
+        [0, 1, 14, 15, 28, 29, 42, 43, 56, 57, 70, 71, 84, 85, 98, 99]
     """
-    return sorted({int(row) for row in np.linspace(0, num_samples - 1, most)})
+    if kind not in BLOCK_KINDS or most <= _MAX_RUNS or num_samples <= most:
+        return sorted({int(row) for row in np.linspace(0, num_samples - 1, most)})
+    rows: list[int] = []
+    for run in range(_MAX_RUNS):
+        between = (num_samples - most) * run // (_MAX_RUNS - 1)
+        rows += range(len(rows) + between, (run + 1) * most // _MAX_RUNS + between)
+    return rows

@@ -1,3 +1,4 @@
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from storage.corpus import (
     sample_digest,
     sample_digests,
 )
+from storage.corpus.protocol import spread_rows
 from storage.corpus.reading import _read_singly, _row_digests
 from storage.errors import CorpusError
 from tests.builders import random_pixels, write_idx, write_image_folder, write_npz
@@ -234,3 +236,18 @@ def test_mnist_is_read_at_more_than_100000_rows_a_second(shared_data: Path) -> N
             read_batch(corpus, some, preprocess)
         fastest = max(fastest, 20_000 / (time.perf_counter() - start))
     assert fastest > 100_000
+
+
+@pytest.mark.parametrize("kind", ["images", "webdataset", "parquet"])
+@pytest.mark.parametrize(
+    ("num_samples", "most"), [(1, 64), (64, 64), (65, 64), (70, 64), (10**9, 256), (9, 8), (500, 15)]
+)
+def test_rows_that_are_looked_at_are_spread_over_all_and_no_more_than_asked_for(
+    kind: str, num_samples: int, most: int
+) -> None:
+    rows = spread_rows(num_samples, most, kind)
+    assert rows == sorted(set(rows))
+    assert (rows[0], rows[-1]) == (0, num_samples - 1)
+    assert len(rows) == min(most, num_samples)
+    if kind != "images" and num_samples > most > 8:
+        assert 1 + sum(two - one > 1 for one, two in itertools.pairwise(rows)) <= 8
