@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 from storage.arrays import Array, ArraySpec
 from storage.backends.chunks import CRC_BYTES, FileSource, ShardChunks
@@ -25,7 +24,6 @@ from storage.backends.files import (
     make_folder,
     only_one,
     replace_file,
-    sync_file,
     sync_folder,
     write_new,
 )
@@ -35,9 +33,9 @@ from storage.backends.zarr_objects import (
     begun_keys,
     metadata_bytes,
     metadata_keys,
-    put_rows,
     seal_name,
     sealed_in,
+    shard_bytes,
     shard_key,
     zstd_codec,
 )
@@ -135,21 +133,17 @@ class ZarrBackend:
         return lock_beside(self.path / seal_name(shard))
 
     def write_shard(self, shard: int, arrays: Mapping[str, Array]) -> None:
-        """Write the shard through zarr-python, then make its files durable."""
+        """Write the shard's files, as zarr-python makes them of the manifest, whatever metadata lies on the disk."""
         assert self._manifest is not None
-        start, stop = self._manifest.layout.shard_bounds(shard)
+        for name in arrays:
+            refuse_links(self.path, self._shard_path(name, shard).parent)
+            self._remove_partials(name, shard)
+        folders: dict[Path, None] = {}
+        for key, data in shard_bytes(self._manifest, shard, arrays).items():
+            self.write_object(key, (data,))
+            folders |= dict.fromkeys(self.path / folder for folder in Path(key).parents)
         with clear_os_errors(self.path):
-            group = zarr.open_group(self.path, mode="r+", zarr_format=3, use_consolidated=False)
-            folders: dict[Path, None] = {}
-            for name, values in arrays.items():
-                refuse_links(self.path, self._shard_path(name, shard))
-                refuse_links(self.path, self.path / name / GROUP)
-                self._remove_partials(name, shard)
-                put_rows(group, name, start, stop, values)
-                path = self._shard_path(name, shard)
-                sync_file(path)
-                folders |= dict.fromkeys(self.path / folder for folder in path.relative_to(self.path).parents)
-            for folder in folders:
+            for folder in folders:  # also those that a killed writer made
                 sync_folder(folder)
 
     def _remove_partials(self, name: str, shard: int) -> None:
