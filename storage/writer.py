@@ -15,7 +15,7 @@ from storage.backends import Backend, Hdf5Backend, IsFarAway, SealsShards, ZarrB
 from storage.backends.files import clear_os_errors
 from storage.backends.zarr3 import seal_name
 from storage.encodings import HeadArrays, Hidden
-from storage.errors import DamageError, MismatchError, NotSealedError, PathError, StoreError
+from storage.errors import DamageError, MismatchError, NotSealedError, OutOfSpaceError, PathError, StoreError
 from storage.exclusive import discard_begun
 from storage.head import check_head, head_records
 from storage.layout import Layout
@@ -77,8 +77,8 @@ class StoreWriter:
         is_new = not backend.exists()
         try:
             is_mine = _create(backend, manifest, {} if head is None else head_records(head))
-        except (StoreError, OSError):
-            if is_new and isinstance(backend, ZarrBackend | Hdf5Backend):
+        except OutOfSpaceError:
+            if is_new and isinstance(backend, ZarrBackend | Hdf5Backend) and backend.get_record(MANIFEST) is None:
                 with contextlib.suppress(StoreError, OSError):  # what went wrong first is what is told
                     discard_begun(backend.location, manifest)
             raise

@@ -55,8 +55,8 @@ def test_a_write_is_tried_again_in_longer_and_longer_pauses_until_there_is_room(
     assert disk.slept == pytest.approx(1 + 2 + 4 + 8 + 16 + 30 + 30)
     assert disk.said == [
         (
-            "waiting: s3://bucket/x.zarr is full: what is written next takes up to 1 MB; free space, and the run goes on "
-            "by itself; it waits 1 h 00 min"
+            "waiting: s3://bucket/x.zarr is full: what is written next takes up to 1 MB; free space, and the run "
+            "goes on by itself; it waits 1 h 00 min"
         ),
         "going on: there is room again, after 1 min 31 s",
     ]
