@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from storage.errors import PathError, TeacherError
+from storage.errors import PathError
 from teacherdump.cluster_team import SHARDS_IN_FLIGHT, Team, WorkerDiedError, clear_of_the_scheduler
 from teacherdump.config import DumpConfig
 from teacherdump.source import MOST_READERS
@@ -58,12 +58,7 @@ def _cluster(config: DumpConfig) -> Iterator[Any]:
         yield config.scheduler
         return
     assert config.workers is not None
-    devices = cuda_devices(config)
-    if devices and config.workers > len(devices):
-        raise ValueError(
-            f"workers: expected at most {len(devices)}, one for each CUDA device, got {config.workers}; give fewer, or "
-            "--device cpu"
-        )
+    devices = devices_of_workers(config)
     import dask
     from distributed import Nanny, Scheduler
     from distributed.deploy.spec import SpecCluster
@@ -156,20 +151,38 @@ def _say_where_to_look(client: Any, say: Callable[[str], object]) -> None:
         say(f"workers: {pages} (for Dask's dashboard install bokeh beside the scheduler)")
 
 
+def devices_of_workers(config: DumpConfig) -> list[str]:
+    """What `CUDA_VISIBLE_DEVICES` calls the devices that workers of this machine take, one each; none on the CPU.
+
+    Raises:
+        ValueError: more workers than CUDA devices.
+    """
+    devices = cuda_devices(config)
+    if devices and config.workers is not None and config.workers > len(devices):
+        raise ValueError(
+            f"workers: expected at most {len(devices)}, one for each CUDA device, got {config.workers}; give fewer, or "
+            "--device cpu"
+        )
+    return devices
+
+
 def cuda_devices(config: DumpConfig) -> list[str]:
     """What `CUDA_VISIBLE_DEVICES` calls the devices of this machine that a run may use; none where it runs on the CPU.
 
     They are counted in a process of its own, so that the driver stays without them.
+
+    Raises:
+        ValueError: CUDA is asked for, and there is no device.
     """
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if config.device == "cpu" or given == "" or not any(Path("/dev").glob("nvidia*")):
         if config.device == "cuda":
-            raise TeacherError("device: expected CUDA devices of this machine, got none; use --device cpu or auto")
+            raise ValueError("device: expected CUDA devices of this machine, got none; use --device cpu or auto")
         return []
     code = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     count = int(answer.stdout) if answer.returncode == 0 else 0
     names = given.split(",") if given else [str(number) for number in range(count)]
     if config.device == "cuda" and not count:
-        raise TeacherError("device: expected CUDA devices of this machine, got none; use --device cpu or auto")
+        raise ValueError("device: expected CUDA devices of this machine, got none; use --device cpu or auto")
     return names[:count]

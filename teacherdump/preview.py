@@ -1,18 +1,22 @@
 """What a run would do, without writing anything."""
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torch import get_num_threads, set_num_threads
+
 from storage.console import format_bytes, format_count, format_duration, format_rate
 from storage.errors import MismatchError
 from storage.reader import open_store
+from teacherdump.cluster_local import devices_of_workers, threads_of_a_worker
 from teacherdump.config import DumpConfig
 from teacherdump.dump import Job, read_one, sparsified
 from teacherdump.pilot import Pilot, PilotOptions, run_pilot
 from teacherdump.plan import Limits, batches, estimate
-from teacherdump.source import Say, open_source, prepare
+from teacherdump.source import MOST_READERS, Say, open_source, prepare
 from teacherdump.sparsify import build_sparsify, copy_to_host
 
 TIMED_S = 3.0  # seconds that batches are timed for, at least one of them
@@ -37,9 +41,11 @@ class Preview:
         batch_size: rows of a forward pass.
         device: where the teacher runs.
         rows_per_s: rows a second, reading and teacher, timed on the first batches owed; None where nothing is owed.
+            With several workers: what one of them does with its share of the cores, times the workers.
         hours: time that this run would take; None where nothing is owed.
         finalized: whether the store is finished.
         pilot: every encoding tried on some rows; None where no pilot was asked for.
+        num_workers: processes that dump at the same time.
     """
 
     path: str
@@ -59,6 +65,7 @@ class Preview:
     hours: float | None
     finalized: bool
     pilot: Pilot | None = None
+    num_workers: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """Every figure by name."""
@@ -82,6 +89,7 @@ class Preview:
         shards = "1 shard" if self.num_new_shards == 1 else f"{format_count(self.num_new_shards)} shards"
         what = f"{format_count(self.num_new_rows)} rows in {shards}"
         took = f"{format_duration(self.hours * 3600)} at {format_rate(self.rows_per_s, 'rows')}"
+        took += f" with {self.num_workers} workers" if self.num_workers > 1 else ""
         return "\n".join([*lines, f"to do       {what}, about {took}"])
 
 
@@ -97,6 +105,11 @@ def preview(config: DumpConfig, say: Say = lambda _: None, pilot: PilotOptions |
         StoreError: what `run` would raise before its first row.
         ValueError: options that contradict what is there.
     """
+    if config.scheduler is not None:
+        raise ValueError(
+            f"scheduler: expected none with plan, which times the teacher on this machine, got {config.scheduler}; "
+            "leave it out, and divide the hours by the workers of the cluster"
+        )
     source = open_source(config)
     owed, num_sealed_rows, finalized = None, 0, False
     if source.existing is not None:
@@ -117,12 +130,12 @@ def preview(config: DumpConfig, say: Say = lambda _: None, pilot: PilotOptions |
     manifest, layout = job.manifest, job.manifest.layout
     if owed is None:
         owed = list(range(layout.num_shards))
-    rows_per_s = time_batches(job, owed[0], TIMED_S) if owed else None
+    rows_per_s = _rows_per_s(job, config, owed[0]) if owed else None
     limits = Limits(config.limit_samples, config.limit_hours, config.limit_bytes)
     planned = estimate(layout, owed, limits, manifest.row_bytes, rows_per_s)
     tried = None
     if pilot is not None:
-        tried = run_pilot(job, config, pilot, rows_per_s or time_batches(job, 0, TIMED_S))
+        tried = run_pilot(job, config, pilot, rows_per_s or _rows_per_s(job, config, 0))
     return Preview(
         path=config.out,
         num_rows=layout.num_rows,
@@ -141,7 +154,23 @@ def preview(config: DumpConfig, say: Say = lambda _: None, pilot: PilotOptions |
         hours=None if planned.seconds is None else planned.seconds / 3600,
         finalized=finalized,
         pilot=tried,
+        num_workers=config.workers or 1,
     )
+
+
+def _rows_per_s(job: Job, config: DumpConfig, shard: int) -> float:
+    """Rows a second of all workers together; of the process itself where there are none."""
+    if config.workers is None:
+        return time_batches(job, shard, TIMED_S)
+    devices, num_threads, before = devices_of_workers(config), threads_of_a_worker(config.workers), get_num_threads()
+    num_readers = config.readers or min(MOST_READERS, num_threads)
+    set_num_threads(num_threads)  # as a worker has them
+    try:
+        rows_per_s = time_batches(replace(job, num_readers=num_readers), shard, TIMED_S)
+    finally:
+        set_num_threads(before)
+    at_once = config.workers if devices else min(config.workers, len(os.sched_getaffinity(0)))
+    return rows_per_s * at_once
 
 
 def time_batches(job: Job, shard: int, least_s: float) -> float:
