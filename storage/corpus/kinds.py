@@ -57,14 +57,24 @@ def check_kind(kind: str, is_by_url: bool, where: str) -> None:
         )
 
 
-def kinds_by_url(url: str, where: str) -> list[str]:
+def kinds_by_url(url: str, has_options: bool, where: str) -> list[str]:
     """The kinds that may be at a URL, by the names that are there; none where it can't be told.
+
+    Args:
+        url: which.
+        has_options: whether there are options of sequences.
+        where: for messages.
 
     Raises:
         CorpusError: it is something that is not read by URL.
         RemoteError: it can't be listed.
     """
     _refuse_packed(url, where)
+    if has_options and not has_suffix(url, (*TAR_SUFFIXES, *PARQUET_SUFFIXES)) and url.rpartition("/")[2].count("."):
+        raise CorpusError(
+            f"{where}: expected Parquet files of text, the only sequences that are read by URL, got another file; copy "
+            "it to this machine first"
+        )
     for kind, suffixes in (("webdataset", TAR_SUFFIXES), ("parquet", PARQUET_SUFFIXES), ("arrays", (".npy",))):
         if has_suffix(url, suffixes):
             return [kind]

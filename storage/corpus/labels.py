@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from storage.corpus.protocol import Array
 from storage.errors import CorpusError
+from storage.urls import is_url
 
 NPY_MAGIC = b"\x93NUMPY"
 GZIP_MAGIC = b"\x1f\x8b"
@@ -36,6 +37,8 @@ def read_labels(path: str | Path, num_samples: int) -> NDArray[np.int32]:
         CorpusError: there is no such file, or it does not hold one class number for each sample.
     """
     where = f"labels '{path}'"
+    if is_url(path):
+        raise CorpusError(f"{where}: expected a file on this machine, got a URL; copy it to this machine first")
     file = Path(path)
     if not file.is_file():
         raise CorpusError(f"{where}: expected a .npy or IDX file, got nothing there; check the path")

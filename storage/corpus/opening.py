@@ -110,7 +110,10 @@ def find_kind(path: str | Path, is_sequence: bool = False) -> str:
 
 def _choose_kind(path: Path | str, kind: str | None, has_options: bool, where: str) -> str:
     """The kind that is asked for, where that may be; else the one that is there."""
-    found = kinds_at(path, kind, has_options, where) if isinstance(path, Path) else kinds_by_url(path, where)
+    if isinstance(path, Path):
+        found = kinds_at(path, kind, has_options, where)
+    else:
+        found = kinds_by_url(path, has_options, where)
     if kind is None:
         return only_kind(found, path, where)
     if found and kind not in found:

@@ -14,8 +14,17 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.corpus import SampleError, default_preprocess, open_corpus, read_batch, sample_digests, tables
+from storage.corpus import (
+    SampleError,
+    SequenceOptions,
+    default_preprocess,
+    open_corpus,
+    read_batch,
+    sample_digests,
+    tables,
+)
 from storage.corpus.arrays import _take
+from storage.corpus.labels import read_labels
 from storage.corpus.protocol import ReadsRows
 from storage.errors import CorpusError
 from storage.remote import open_place
@@ -435,6 +444,13 @@ def test_kinds_that_are_not_read_by_url_say_what_to_do(s3: S3Server) -> None:
         open_corpus(s3.http(url))
     with pytest.raises(CorpusError, match="got parquet; leave --corpus-kind out"):
         open_corpus(f"{url}/a.parquet", kind="images")
+    for name in ("a.npy", "a.bin", "a.txt", "a.jsonl"):
+        with pytest.raises(
+            CorpusError, match="expected Parquet files of text, the only sequences that are read by URL"
+        ):
+            open_corpus(f"{url}/{name}", sequence=SequenceOptions(4))
+    with pytest.raises(CorpusError, match=r"labels 's3://x/y.npy': expected a file on this machine, got a URL; copy it"):
+        read_labels("s3://x/y.npy", 3)
     open_place(url).put("manifest.json", b"{}")
     with pytest.raises(CorpusError, match="expected the samples, got a store of soft targets; give it as --targets"):
         open_corpus(url)

@@ -403,6 +403,17 @@ def test_a_tar_behind_a_url_is_read_in_order_once(s3: S3Server, tmp_path: Path) 
     assert after["requests"] - before["requests"] < 8
 
 
+def test_connections_that_are_cut_and_servers_that_fail_cost_no_row(s3: S3Server, tmp_path: Path) -> None:
+    local, url = opened(write_tars(tmp_path)), s3.url("tars")
+    upload(tmp_path, url)
+    for faults in ({"cut": 2}, {"fail": 2, "status": 503}):
+        s3.ask(method="GET", **faults)
+        remote = opened(f"{url}/train-{{000..002}}.tar")
+        assert remote.fingerprint == local.fingerprint
+        s3.ask(method="GET", **faults)
+        np.testing.assert_array_equal(sample_digests(remote, 0, 12), sample_digests(local, 0, 12))
+
+
 # What is hostile
 
 
