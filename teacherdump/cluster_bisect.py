@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from storage.errors import TeacherError
+from teacherdump.report import KILLED
 
 DEATHS_OF_A_SHARD = 2  # deaths after which a shard is bisected: one may be another's fault, or nobody's
 DEATHS_OF_A_ROW = 2  # deaths that convict a row which was alone on its worker
@@ -101,7 +102,7 @@ class Suspects:
             self._waiting.append(piece)
             return []
         case.num_found += 1
-        case.convicted[row] = f"the worker that ran this sample died, {case.deaths_of(row)} times"
+        case.convicted[row] = f"{KILLED}, {case.deaths_of(row)} times"
         return [f"row {row}: {case.convicted[row]}; it is left out", *self._closed(piece.shard, case)]
 
     def _shard_died(self, shard: int, case: _Case) -> list[str]:

@@ -13,6 +13,7 @@ from storage.records import Seal
 P = ParamSpec("P")
 T = TypeVar("T")
 
+KILLED = "the worker that ran this sample died"  # how the reason of a row begins that no other process should run
 IN_PROCESS = "local"  # the worker of a run that dumps in its own process
 
 

@@ -4,7 +4,7 @@ The old store is never touched. Whatever is in the new one is bit for bit what a
 rows are scored in the batches that they belong to, in their places, zeros in the place of the rows that need no trial.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ from storage.versions import read_shard, share_shard
 from storage.writer import StoreWriter
 from teacherdump.config import DumpConfig
 from teacherdump.plan import batches
-from teacherdump.report import ShardReport, Stopwatch, sealed_bytes
+from teacherdump.report import KILLED, ShardReport, Stopwatch, sealed_bytes
 from teacherdump.room import Room
 from teacherdump.source import Say, Source, open_source, prepare
 
@@ -44,7 +44,8 @@ class Retried:
     Attributes:
         path: of the older version.
         num_tried: rows that it holds without targets.
-        left: of these, the ones that still have none, with the reasons of now.
+        left: of these, the ones that still have none, with the reasons of now; samples that kill the process that runs
+            them are not tried at all, and among these.
         is_written: whether there is a new version; there is none where nothing was to be tried.
     """
 
@@ -55,6 +56,9 @@ class Retried:
 
     def summary(self) -> str:
         """How many came back, and why the others did not."""
+        if not self.is_written:
+            why = "targets for every row" if not self.left else "no refused row but those that kill what runs them"
+            return f"nothing to retry: {self.path} has {why}; nothing was written"
         num_back = self.num_tried - len(self.left)
         text = f"retried {format_count(self.num_tried)} rows of {self.path}: {format_count(num_back)} came back"
         if self.left:
@@ -80,8 +84,8 @@ def retry(config: DumpConfig, say: Say, quiet: bool) -> "DumpResult":
     with open_one_store(config.retry_quarantined) as old:
         source = _checked_source(old, config)
         tried = old.quarantine()
-        if not tried:
-            return replace(untouched(old), retried=Retried(old.path, 0, (), is_written=False))
+        if not may_be_tried(tried):
+            return replace(untouched(old), retried=Retried(old.path, 0, tuple(tried), is_written=False))
         with sole_run(config.out):
             job = prepare(source, say)
             provenance = {**job.manifest.provenance, RETRIED_FROM: old.content_digest}
@@ -173,7 +177,7 @@ def retry_shards(
                 return
             seal = old.seal(shard)
             num_bytes = (seal.stop - seal.start) * old.manifest.row_bytes
-            if seal.quarantine:
+            if may_be_tried(seal.quarantine):
                 encoded = patched(job, old, seal, pool)
                 write = partial(write_shard, writer, encoded)
             else:
@@ -181,6 +185,11 @@ def retry_shards(
             report = room.keep_trying(write, num_bytes, is_stopped)
             bar.advance(report.num_rows)
             on_report(report)
+
+
+def may_be_tried(quarantine: Sequence[QuarantineEntry]) -> list[QuarantineEntry]:
+    """Those of some refused rows that can be run here: a sample that kills its process would kill this one too."""
+    return [entry for entry in quarantine if not entry.reason.startswith(KILLED)]
 
 
 def _shared(old: Store, writer: StoreWriter, shard: int) -> ShardReport:
@@ -193,23 +202,23 @@ def _shared(old: Store, writer: StoreWriter, shard: int) -> ShardReport:
 def patched(job: "Job", old: Store, seal: Seal, pool: ThreadPoolExecutor) -> "EncodedShard":
     """A shard of the old store, its refused rows scored again.
 
-    Sequences are read with all rows of their batch: whether it holds several documents decides how it is scored.
+    Samples that kill the process that runs them stay as they are. Sequences are read with all rows of their batch:
+    whether it holds several documents decides how it is scored.
     """
     from teacherdump.dump import read_rows, soft_targets
     from teacherdump.shard import EncodedShard, fill_rows
 
-    manifest, rows = job.manifest, {entry.row for entry in seal.quarantine}
+    manifest, rows = job.manifest, {entry.row for entry in may_be_tried(seal.quarantine)}
     reading, scoring = Stopwatch(), 0.0
     arrays = reading.time(read_shard, old, seal)
-    quarantine: list[QuarantineEntry] = []
+    quarantine = [entry for entry in seal.quarantine if entry.row not in rows]
+    killers: Mapping[int, str] = {entry.row: entry.reason for entry in quarantine}
     for start, stop in batches(seal.start, seal.stop, job.batch_size):
         mine = sorted(rows.intersection(range(start, stop)))
         if not mine:
             continue
         rows_N = np.arange(start, stop)
-        others: Mapping[int, str] = (
-            {} if manifest.sequences else {row: "" for row in rows_N.tolist() if row not in rows}
-        )
+        others = killers if manifest.sequences else {row: "" for row in rows_N.tolist() if row not in rows}
         read = reading.time(read_rows, job, seal.shard, rows_N, pool, others)
         (said,) = soft_targets(job, [read])
         scoring += said.seconds
@@ -218,4 +227,5 @@ def patched(job: "Job", old: Store, seal: Seal, pool: ThreadPoolExecutor) -> "En
         for name, values in arrays.items():
             for row in mine:
                 values[row - seal.start] = fresh[name][row - start]
+    quarantine.sort(key=lambda entry: entry.row)
     return EncodedShard(seal.shard, arrays, quarantine, reading.seconds, scoring)

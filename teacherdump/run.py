@@ -70,7 +70,7 @@ class DumpResult:
     def summary(self) -> str:
         """What the run did and where the store stands, some lines for a person."""
         if self.retried is not None and not self.retried.is_written:
-            return f"nothing to retry: {self.path} has targets for every row; nothing was written"
+            return self.retried.summary()
         if self.num_new_rows:
             rate = format_rate(self.num_new_rows / max(self.seconds, 1e-9), "rows")
             did = f"dumped {format_count(self.num_new_rows)} rows in {format_duration(self.seconds)} ({rate})"

@@ -14,12 +14,16 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 from storage.cli import main as logitstore
+from storage.console import progress
 from storage.errors import AlarmError, DamageError, MismatchError, NotSealedError, OutOfSpaceError, PathError
 from storage.reader import open_store
 from storage.scan import verify
+from storage.writer import StoreWriter
 from teacherdump.cli import main as teacherdump
 from teacherdump.config import DumpConfig
+from teacherdump.dump import dump_shard
 from teacherdump.run import run
+from teacherdump.source import open_source, prepare
 
 Build = Callable[..., DumpConfig]
 REFUSED = [5, 70, 71, 199]
@@ -182,6 +186,32 @@ def test_a_store_without_refused_rows_is_left_alone(config: Build, tmp_path: Pat
     result = run(config(out=str(tmp_path / "new.zarr"), retry_quarantined=old.path))
     assert result.summary() == f"nothing to retry: {old.path} has targets for every row; nothing was written"
     assert not list(tmp_path.glob("new*"))
+
+
+def test_a_sample_that_kills_is_not_tried(
+    moody: Callable[..., Any], config: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Moody, "is_moody", False)
+    job = prepare(open_source(config(models=(str(tmp_path / "moody.pt"),), arch="moods:make")), lambda _: None)
+    killed = {40: "the worker that ran this sample died, 2 times"}
+    with (
+        StoreWriter.open(tmp_path / "old.zarr", job.manifest) as writer,
+        progress(200, "rows", "dumping", quiet=True) as bar,
+    ):
+        for shard in range(7):
+            dump_shard(job, writer, shard, bar, killed)
+        writer.finalize()
+    result = moody(out=str(tmp_path / "new.zarr"), retry_quarantined=str(tmp_path / "old.zarr"))
+    assert "has no refused row but those that kill what runs them; nothing was written" in result.summary()
+    with StoreWriter.open(tmp_path / "two.zarr", job.manifest) as writer:
+        for shard in range(7):
+            dump_shard(job, writer, shard, bar, {**killed, 41: "the disk was away", 39: "the disk was away"})
+        writer.finalize()
+    result = moody(out=str(tmp_path / "new.zarr"), retry_quarantined=str(tmp_path / "two.zarr"))
+    assert "3 rows" in result.summary()
+    assert "2 came back, 1 did not: row 40 (40): the worker that ran this sample died, 2 times" in result.summary()
+    with open_store(tmp_path / "old.zarr") as store:
+        assert store.content_digest == result.content_digest
 
 
 def test_a_retry_that_was_stopped_goes_on(
