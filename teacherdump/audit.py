@@ -24,6 +24,7 @@ from storage.errors import CorpusMismatchError, MismatchError, NotSealedError
 from storage.head import head_digest
 from storage.manifest import Manifest
 from storage.reader import Store, open_one_store
+from storage.scan.members import bounds_of
 from storage.sequences import flatten_positions
 from teacherdump.audit_result import AuditResult
 from teacherdump.audit_tally import Tally
@@ -96,6 +97,7 @@ def audit(path: str | Path, config: DumpConfig, options: AuditOptions, bar: Pass
         ValueError: an option is out of range, or would be ignored.
     """
     with open_one_store(path) as store:
+        _refuse_bounds(store)
         rows_N = choose_rows(store, options)
         corpus, preprocess = _open_corpus(store, config, rows_N)
         identity = teacher_identity(config.models, config.arch, config.combine, config.precision)
@@ -122,6 +124,15 @@ def audit(path: str | Path, config: DumpConfig, options: AuditOptions, bar: Pass
                 if bar is not None:
                     bar.advance(len(part_N))
         return tally.result(_reasons(store, identity, tally.held), tuple(_notes(store, corpus, config.precision)))
+
+
+def _refuse_bounds(store: Store) -> None:
+    """Refuse a store that was combined from others and is known within bounds: no teacher says its numbers."""
+    if any(bounds_of(store.manifest).values()):
+        raise MismatchError(
+            f"{store.path}: expected a store of what its teachers said, got one that was combined from "
+            f"{store.manifest.encoding.name} stores and is within bounds of it; audit each of these with its teacher"
+        )
 
 
 def choose_rows(store: Store, options: AuditOptions) -> NDArray[np.int64]:

@@ -1,5 +1,6 @@
 """Stores of several teachers over the same rows, for the tests of what goes over more than one store."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,22 @@ def write_member(
         if finalize:
             writer.finalize(partial=True)
     return path
+
+
+Make = Callable[..., Path]
+
+
+def maker(folder: Path) -> Make:
+    """What writes members' stores into a folder, once for each set of options; they are not to be changed."""
+    made: dict[str, Path] = {}
+
+    def member(seed: int, encoding: Encoding, **options: Any) -> Path:
+        key = repr((seed, encoding, {name: getattr(it, "tolist", lambda it=it: it)() for name, it in options.items()}))
+        if key not in made:
+            made[key] = write_member(folder / f"{len(made)}.zarr", seed, encoding, **options)
+        return made[key]
+
+    return member
 
 
 def read_all(path: Path) -> dict[str, Array]:

@@ -1,6 +1,7 @@
 """`combine`: what is written, what is refused, and that a kill loses nothing."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,11 @@ from storage.cli import main
 from storage.encodings import Dense, Encoding, TopK
 from storage.errors import CorpusMismatchError, DamageError, MismatchError, NotSealedError, PathError
 from storage.reader import open_store
-from storage.scan import CombineOptions, combine, convert, verify
+from storage.scan import CombineOptions, combine, verify
 from storage.scan.ensemble import Combine
 from storage.writer import StoreWriter
 from tests.series import write_series
-from tests.storage.members import draws_with, read_all, says, write_member
+from tests.storage.members import Make, draws_with, maker, read_all, says
 from tests.storage.scan_stores import manifest_of, write_store
 from tests.storage.soft_targets import hard_target_logprobs, hidden_encoding, sequences_of
 
@@ -40,17 +41,22 @@ def run(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
 
 
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    return maker(tmp_path_factory.mktemp("stores"))
+
+
 @pytest.fixture
-def two(tmp_path: Path) -> list[Path]:
-    return [write_member(tmp_path / f"{seed}.zarr", seed, Dense("float32")) for seed in (1, 2)]
+def two(make: Make) -> list[Path]:
+    return [make(seed, Dense("float32")) for seed in (1, 2)]
 
 
 # What is written
 
 
 @pytest.mark.parametrize("how", ["mean-probs", "mean-logits"])
-def test_dense_stores_say_together_what_their_teachers_would(tmp_path: Path, how: Combine) -> None:
-    paths = [write_member(tmp_path / f"{seed}.zarr", seed, Dense("float32")) for seed in (1, 2, 3)]
+def test_dense_stores_say_together_what_their_teachers_would(tmp_path: Path, make: Make, how: Combine) -> None:
+    paths = [make(seed, Dense("float32")) for seed in (1, 2, 3)]
     result = combine(paths, tmp_path / "all.zarr", CombineOptions(how))
     manifest = manifest_of()
     logits_NC = mean_of([says(manifest, seed) for seed in (1, 2, 3)], how)
@@ -70,12 +76,11 @@ def test_dense_stores_say_together_what_their_teachers_would(tmp_path: Path, how
 
 @pytest.mark.parametrize("has_tokens", [True, False])
 @pytest.mark.parametrize("how", ["mean-probs", "mean-logits"])
-def test_sequences_are_combined_position_by_position(tmp_path: Path, how: Combine, has_tokens: bool) -> None:
+def test_sequences_are_combined_position_by_position(
+    tmp_path: Path, make: Make, how: Combine, has_tokens: bool
+) -> None:
     sequences = sequences_of(5, has_tokens=has_tokens)
-    paths = [
-        write_member(tmp_path / f"{seed}.zarr", seed, Dense("float32"), sequences=sequences, not_finite=(4,))
-        for seed in (1, 2)
-    ]
+    paths = [make(seed, Dense("float32"), sequences=sequences, not_finite=(4,)) for seed in (1, 2)]
     combine(paths, tmp_path / "both.zarr", CombineOptions(how))
     found, one = read_all(tmp_path / "both.zarr"), read_all(paths[0])
     manifest = manifest_of(sequences=sequences)
@@ -97,13 +102,11 @@ def test_sequences_are_combined_position_by_position(tmp_path: Path, how: Combin
     assert verify(tmp_path / "both.zarr").ok
 
 
-def test_topk_stores_of_agreeing_teachers_become_what_the_ensemble_keeps(tmp_path: Path) -> None:
+def test_topk_stores_of_agreeing_teachers_become_what_the_ensemble_keeps(tmp_path: Path, make: Make) -> None:
     generator = np.random.default_rng(5)
     logits = [np.arange(30) * -0.7 + generator.normal(0, 0.05, (22, 30)) for _ in range(2)]
     paths = [
-        write_member(
-            tmp_path / f"{seed}.zarr", seed, TopK(8, "float32"), logits=each.astype(np.float32), num_classes=30
-        )
+        make(seed, TopK(8, "float32"), logits=each.astype(np.float32), num_classes=30)
         for seed, each in enumerate(logits)
     ]
     result = combine(paths, tmp_path / "both.zarr")
@@ -123,8 +126,8 @@ def test_topk_stores_of_agreeing_teachers_become_what_the_ensemble_keeps(tmp_pat
     assert "only T = 1 is declared, not 4" in result.notes[0]
 
 
-def test_a_tolerance_lets_classes_in_that_one_store_does_not_keep_and_is_held(tmp_path: Path) -> None:
-    paths = [write_member(tmp_path / f"{seed}.zarr", seed, TopK(9), num_classes=20) for seed in (1, 2)]
+def test_a_tolerance_lets_classes_in_that_one_store_does_not_keep_and_is_held(tmp_path: Path, make: Make) -> None:
+    paths = [make(seed, TopK(9), num_classes=20) for seed in (1, 2)]
     with pytest.raises(MismatchError, match=r"within 0, got .*, in row \d+: classes that one store keeps and another"):
         combine(paths, tmp_path / "both.zarr")
     result = combine(paths, tmp_path / "both.zarr", CombineOptions(k=9, tolerance=0.2))
@@ -143,15 +146,15 @@ def test_a_tolerance_lets_classes_in_that_one_store_does_not_keep_and_is_held(tm
     with open_store(result.path) as store:
         assert store.manifest.extra["combined"] == {"num_stores": 2, **result.within}
         assert store.manifest.format_version == "1.1"
-    third = write_member(tmp_path / "3.zarr", 3, TopK(9), num_classes=20)
+    third = make(3, TopK(9), num_classes=20)
     three = combine([tmp_path / "both.zarr", third], tmp_path / "three.zarr", CombineOptions(tolerance=0.9))
     assert three.within["probability_within"] > off / 2  # what a store is off by itself is counted too
     with pytest.raises(MismatchError, match="classes that one store keeps and another does not"):
         combine([tmp_path / "both.zarr", third], tmp_path / "x.zarr", CombineOptions(tolerance=off / 2))
 
 
-def test_draws_of_all_stores_are_kept_together(tmp_path: Path) -> None:
-    paths = [write_member(tmp_path / f"{seed}.zarr", seed, draws_with(seed)) for seed in (1, 2)]
+def test_draws_of_all_stores_are_kept_together(tmp_path: Path, make: Make) -> None:
+    paths = [make(seed, draws_with(seed)) for seed in (1, 2)]
     result = combine(paths, tmp_path / "both.h5")
     found, parts = read_all(tmp_path / "both.h5"), [read_all(path) for path in paths]
     assert result.encoding == {"name": "sample", "draws": 40, "seed": 0}
@@ -167,14 +170,14 @@ def test_draws_of_all_stores_are_kept_together(tmp_path: Path) -> None:
     assert not any("one seed" in note for note in result.notes)
 
 
-def test_stores_that_drew_with_one_seed_are_noted(tmp_path: Path) -> None:
-    paths = [write_member(tmp_path / f"{seed}.zarr", seed, draws_with(7)) for seed in (1, 2)]
+def test_stores_that_drew_with_one_seed_are_noted(tmp_path: Path, make: Make) -> None:
+    paths = [make(seed, draws_with(7)) for seed in (1, 2)]
     assert "stores drew with one seed" in combine(paths, tmp_path / "both.zarr").notes[0]
 
 
 @pytest.mark.parametrize("encoding", [Dense("float16"), Dense("uint8"), TopK(5, "float16"), TopK(5, "uint8")])
-def test_coarse_stores_are_combined_within_their_bounds(tmp_path: Path, encoding: Encoding) -> None:
-    paths = [write_member(tmp_path / f"{seed}.zarr", seed, encoding) for seed in (1, 2)]
+def test_coarse_stores_are_combined_within_their_bounds(tmp_path: Path, make: Make, encoding: Encoding) -> None:
+    paths = [make(seed, encoding) for seed in (1, 2)]
     result = combine(paths, tmp_path / "both.zarr")
     assert verify(result.path).ok
     found = read_all(tmp_path / "both.zarr")
@@ -187,9 +190,9 @@ def test_coarse_stores_are_combined_within_their_bounds(tmp_path: Path, encoding
     assert fine.encoding["values"] == "float32"
 
 
-def test_a_row_that_any_store_refuses_is_refused_and_says_by_which(tmp_path: Path) -> None:
-    one = write_member(tmp_path / "one.zarr", 1, Dense("float32"), undecodable=(3,), unread=(3,))
-    two = write_member(tmp_path / "two.zarr", 2, Dense("float32"), not_finite=(3, 13))
+def test_a_row_that_any_store_refuses_is_refused_and_says_by_which(tmp_path: Path, make: Make) -> None:
+    one = make(1, Dense("float32"), undecodable=(3,), unread=(3,))
+    two = make(2, Dense("float32"), not_finite=(3, 13))
     combine([one, two], tmp_path / "both.zarr")
     found = read_all(tmp_path / "both.zarr")
     assert found["status"][[3, 13]].tolist() == [STATUS_UNDECODABLE, STATUS_NOT_FINITE]
@@ -199,23 +202,23 @@ def test_a_row_that_any_store_refuses_is_refused_and_says_by_which(tmp_path: Pat
     with open_store(tmp_path / "both.zarr") as store:
         entries = [(entry.row, entry.key, entry.reason) for entry in store.quarantine()]
     assert entries == [
-        (3, "sample-3", "one.zarr: refused by teacher 1; two.zarr: refused by teacher 2"),
-        (13, "sample-13", "two.zarr: refused by teacher 2"),
+        (3, "sample-3", f"{one.name}: refused by teacher 1; {two.name}: refused by teacher 2"),
+        (13, "sample-13", f"{two.name}: refused by teacher 2"),
     ]
 
 
-def test_a_shard_without_any_targets_is_combined_too(tmp_path: Path) -> None:
+def test_a_shard_without_any_targets_is_combined_too(tmp_path: Path, make: Make) -> None:
     for encoding in (Dense(), TopK(5), draws_with(1)):
         folder = tmp_path / encoding.name
-        paths = [write_member(folder / f"{seed}.zarr", seed, encoding, undecodable=tuple(range(8))) for seed in (1, 2)]
+        paths = [make(seed, encoding, undecodable=tuple(range(8))) for seed in (1, 2)]
         combine(paths, folder / "both.zarr")
         assert verify(folder / "both.zarr").ok
 
 
-def test_a_row_of_which_no_class_is_left_is_refused(tmp_path: Path) -> None:
+def test_a_row_of_which_no_class_is_left_is_refused(tmp_path: Path, make: Make) -> None:
     logits = np.zeros((2, 22, 5), np.float32)
     logits[0, 9, :3] = logits[1, 9, 3:] = -np.inf
-    paths = [write_member(tmp_path / f"{seed}.zarr", seed, Dense("float32"), logits=logits[seed]) for seed in (0, 1)]
+    paths = [make(seed, Dense("float32"), logits=logits[seed]) for seed in (0, 1)]
     combine(paths, tmp_path / "geometric.zarr", CombineOptions("mean-logits"))
     combine(paths, tmp_path / "arithmetic.zarr")
     assert np.flatnonzero(read_all(tmp_path / "geometric.zarr")["status"]).tolist() == [9]
@@ -226,13 +229,10 @@ def test_a_row_of_which_no_class_is_left_is_refused(tmp_path: Path) -> None:
         assert store.quarantine()[0].reason == "logits are not finite: -inf for every class"
 
 
-def test_stores_that_are_cut_otherwise_are_cut_anew(tmp_path: Path) -> None:
+def test_stores_that_are_cut_otherwise_are_cut_anew(tmp_path: Path, make: Make) -> None:
     cuts = ((8, 4), (6, 3), (22, 11))
-    paths = [
-        write_member(tmp_path / f"{rows}.zarr", seed, Dense("float32"), shard_rows=rows, chunk_rows=chunk)
-        for seed, (rows, chunk) in enumerate(cuts)
-    ]
-    same = [write_member(tmp_path / f"same{seed}.zarr", seed, Dense("float32")) for seed in range(3)]
+    paths = [make(seed, Dense("float32"), shard_rows=rows, chunk_rows=chunk) for seed, (rows, chunk) in enumerate(cuts)]
+    same = [make(seed, Dense("float32")) for seed in range(3)]
     combine(paths, tmp_path / "cut.zarr")
     combine(same, tmp_path / "same.zarr")
     for name, values in read_all(tmp_path / "cut.zarr").items():
@@ -241,13 +241,13 @@ def test_stores_that_are_cut_otherwise_are_cut_anew(tmp_path: Path) -> None:
         assert (store.manifest.shard_rows, store.manifest.chunk_rows) == (8, 4)
 
 
-def test_rows_that_one_store_lacks_are_left_out(tmp_path: Path, two: list[Path]) -> None:
-    part = write_member(tmp_path / "part.zarr", 3, Dense("float32"), shards=(1, 2))
+def test_rows_that_one_store_lacks_are_left_out(tmp_path: Path, make: Make, two: list[Path]) -> None:
+    part = make(3, Dense("float32"), shards=(1, 2))
     result = combine([two[0], part], tmp_path / "both.zarr")
     with open_store(tmp_path / "both.zarr") as store:
         assert store.sealed_shards() == (1, 2)
         assert result.num_rows == store.num_sealed_rows == 14
-    other = write_member(tmp_path / "other.zarr", 4, Dense("float32"), shards=(0,))
+    other = make(4, Dense("float32"), shards=(0,))
     with pytest.raises(NotSealedError, match="expected a shard of 8 rows that all stores have, got none"):
         combine([part, other], tmp_path / "none.zarr")
 
@@ -283,24 +283,25 @@ def test_a_combined_store_says_of_which_stores_it_is(tmp_path: Path, two: list[P
             {"digest": "02" * 32, "kind": "weights"},
         ]
         assert (manifest.teacher["arch"], manifest.teacher["precision"]) == ("mlp:1-1", "fp32")
-        assert [made["name"] for made in manifest.provenance["combined_from"]] == ["1.zarr", "2.zarr"]
+        assert [made["name"] for made in manifest.provenance["combined_from"]] == [path.name for path in two]
     again = combine([tmp_path / "both.zarr", two[0]], tmp_path / "three.zarr")
     with open_store(again.path) as store:
         lineage = json.loads(json.dumps(store.manifest.to_json()["lineage"]))
     assert lineage[0]["lineage"][1]["content_digest"] == digests[1]
     text = run("info", tmp_path / "both.zarr").stdout
     assert "lineage   from dense digest" in text
+    assert "combined  of 2 stores, exact up to rounding\n" in text
 
 
-def test_teachers_of_several_kinds_and_inputs_are_each_named(tmp_path: Path) -> None:
-    one = write_member(tmp_path / "one.zarr", 1, Dense())
+def test_teachers_of_several_kinds_and_inputs_are_each_named(tmp_path: Path, make: Make) -> None:
+    one = make(1, Dense())
     teacher = {"digest": "77" * 32, "kind": "weights", "arch": "cnn:1", "precision": "bf16"}
     corpus = {"kind": "images", "fingerprint": "99" * 32, "num_samples": 22}
-    two = write_member(tmp_path / "two.zarr", 2, Dense(), teacher=teacher, preprocess={"version": 2}, corpus=corpus)
+    two = make(2, Dense(), teacher=teacher, preprocess={"version": 2}, corpus=corpus)
     result = combine([one, two], tmp_path / "both.zarr")
     assert result.notes == (
-        "two.zarr's teacher saw its input otherwise; students get what one.zarr's saw",
-        "two.zarr has another index of the corpus; its samples are compared one by one",
+        f"{two.name}'s teacher saw its input otherwise; students get what {one.name}'s saw",
+        f"{two.name} has another index of the corpus; its samples are compared one by one",
     )
     with open_store(result.path) as store:
         manifest = store.manifest
@@ -341,27 +342,27 @@ def test_a_combination_that_was_stopped_goes_on(tmp_path: Path, two: list[Path],
     assert combine(two, tmp_path / target) == result  # and once more: it is there
 
 
-def test_nothing_is_written_over(tmp_path: Path, two: list[Path]) -> None:
+def test_nothing_is_written_over(tmp_path: Path, make: Make, two: list[Path]) -> None:
     combine(two, tmp_path / "both.zarr")
     with pytest.raises(MismatchError, match="expected nothing, or this combination begun, got another store"):
         combine(two[::-1], tmp_path / "both.zarr")
     with pytest.raises(MismatchError, match="combine: the store has"):
         combine(two, tmp_path / "both.zarr", CombineOptions("mean-logits"))
     with pytest.raises(MismatchError, match="expected nothing, or this combination begun"):
-        combine(two, write_member(tmp_path / "c.zarr", 3, Dense("float32")))
+        combine(two, make(3, Dense("float32")))
     with pytest.raises(PathError, match="expected a path outside"):
         combine(two, two[1] / "inside.zarr")
 
 
-def test_a_damaged_store_is_not_combined(tmp_path: Path, two: list[Path]) -> None:
-    convert(two[0], tmp_path / "good.zarr")
-    other = write_member(tmp_path / "other.zarr", 9, Dense("float32"))
-    (two[0] / "lse" / "c" / "1" / "0").write_bytes((other / "lse" / "c" / "1" / "0").read_bytes())
+def test_a_damaged_store_is_not_combined(tmp_path: Path, make: Make, two: list[Path]) -> None:
+    damaged = Path(shutil.copytree(two[0], tmp_path / "damaged.zarr"))
+    lse = Path("lse", "c", "1", "0")
+    (damaged / lse).write_bytes((two[1] / lse).read_bytes())
     with pytest.raises(DamageError, match="array 'lse', shard 1: expected the sealed sha256 to hold, got another"):
-        combine(two, tmp_path / "both.zarr")
-    cut = write_member(tmp_path / "cut.zarr", 5, Dense("float32"), shard_rows=6, chunk_rows=3)
+        combine([damaged, two[1]], tmp_path / "both.zarr")
+    cut = make(5, Dense("float32"), shard_rows=6, chunk_rows=3)
     with pytest.raises(DamageError, match="lse"):  # a shard that lies across two of the new store
-        combine([cut, two[0]], tmp_path / "more.zarr")
+        combine([cut, damaged], tmp_path / "more.zarr")
 
 
 # What is refused
@@ -384,27 +385,24 @@ def test_a_damaged_store_is_not_combined(tmp_path: Path, two: list[Path]) -> Non
     ],
 )
 def test_what_stores_cannot_say_together_is_refused(
-    tmp_path: Path, encodings: tuple[Encoding, Encoding], options: dict[str, object], message: str
+    tmp_path: Path, make: Make, encodings: tuple[Encoding, Encoding], options: dict[str, object], message: str
 ) -> None:
-    paths = [write_member(tmp_path / f"{seed}.zarr", seed, encoding) for seed, encoding in enumerate(encodings)]
+    paths = [make(seed, encoding) for seed, encoding in enumerate(encodings)]
     with pytest.raises(MismatchError, match=message):
         combine(paths, tmp_path / "both.zarr", CombineOptions(**options))  # type: ignore[arg-type]
     assert not (tmp_path / "both.zarr").exists()
 
 
 @pytest.mark.parametrize("encoding", [TopK(3), draws_with(1)])
-def test_a_store_without_the_temperature_1_is_refused(tmp_path: Path, encoding: Encoding) -> None:
-    paths = [
-        write_member(tmp_path / f"{seed}.zarr", seed, encoding, temperatures=(4.0 if seed else 1.0,))
-        for seed in range(2)
-    ]
-    with pytest.raises(MismatchError, match=r"1.zarr: expected a store that declares temperature 1, .*got 4; dump it"):
+def test_a_store_without_the_temperature_1_is_refused(tmp_path: Path, make: Make, encoding: Encoding) -> None:
+    paths = [make(seed, encoding, temperatures=(4.0 if seed else 1.0,)) for seed in range(2)]
+    with pytest.raises(MismatchError, match=r"\.zarr: expected a store that declares temperature 1, .*got 4; dump it"):
         combine(paths, tmp_path / "both.zarr")
 
 
-def test_hidden_states_are_refused_with_the_way_round(tmp_path: Path) -> None:
+def test_hidden_states_are_refused_with_the_way_round(tmp_path: Path, make: Make) -> None:
     hidden = write_store(tmp_path / "h.zarr", manifest_of(encoding=hidden_encoding(5)))
-    dense = write_member(tmp_path / "d.zarr", 1, Dense())
+    dense = make(1, Dense())
     with pytest.raises(MismatchError, match=r"got hidden states, .* logitstore transcode --encoding dense"):
         combine([dense, hidden], tmp_path / "both.zarr")
 
@@ -421,48 +419,52 @@ def test_hidden_states_are_refused_with_the_way_round(tmp_path: Path) -> None:
     ],
 )
 def test_stores_over_other_rows_or_classes_are_refused(
-    tmp_path: Path, two: list[Path], fields: dict[str, object], message: str
+    tmp_path: Path, make: Make, two: list[Path], fields: dict[str, object], message: str
 ) -> None:
-    other = write_member(tmp_path / "other.zarr", 3, Dense("float32"), **fields)  # type: ignore[arg-type]
+    other = make(3, Dense("float32"), **fields)
     with pytest.raises(MismatchError, match=message):
         combine([two[0], other], tmp_path / "both.zarr")
 
 
-def test_sequences_that_differ_are_refused_but_for_what_pads_the_vocabulary(tmp_path: Path) -> None:
-    paths = [write_member(tmp_path / f"{n}.zarr", n, Dense(), sequences=sequences_of(num_padded=n)) for n in range(2)]
+def test_sequences_that_differ_are_refused_but_for_what_pads_the_vocabulary(tmp_path: Path, make: Make) -> None:
+    paths = [make(n, Dense(), sequences=sequences_of(num_padded=n)) for n in range(2)]
     combine(paths, tmp_path / "both.zarr")
-    other = write_member(tmp_path / "x.zarr", 3, Dense(), sequences=sequences_of(tokenizer="aa" * 32))
+    other = make(3, Dense(), sequences=sequences_of(tokenizer="aa" * 32))
     with pytest.raises(MismatchError, match="got another sequences"):
         combine([paths[0], other], tmp_path / "none.zarr")
 
 
-def test_other_samples_or_hard_targets_are_refused_before_anything_is_written(tmp_path: Path, two: list[Path]) -> None:
-    other = write_member(tmp_path / "other.zarr", 3, Dense("float32"), other_samples=(17, 18))
-    with pytest.raises(CorpusMismatchError, match=r"samples of .*1.zarr, got others in row 17 and of 1 more rows near"):
+def test_other_samples_or_hard_targets_are_refused_before_anything_is_written(
+    tmp_path: Path, make: Make, two: list[Path]
+) -> None:
+    other = make(3, Dense("float32"), other_samples=(17, 18))
+    with pytest.raises(CorpusMismatchError, match=r"samples of .*zarr, got others in row 17 and of 1 more rows near"):
         combine([*two, other], tmp_path / "both.zarr")
-    labels = write_member(tmp_path / "labels.zarr", 3, Dense("float32"), other_targets=(5,))
+    labels = make(3, Dense("float32"), other_targets=(5,))
     with pytest.raises(CorpusMismatchError, match=r"hard targets of .*, got others in row 5; dump one of them again"):
         combine([*two, labels], tmp_path / "both.zarr")
     assert not (tmp_path / "both.zarr").exists()
 
 
-def test_a_sample_that_nobody_could_read_tells_no_two_corpora_apart(tmp_path: Path) -> None:
+def test_a_sample_that_nobody_could_read_tells_no_two_corpora_apart(tmp_path: Path, make: Make) -> None:
     paths = [
-        write_member(tmp_path / "1.zarr", 1, Dense(), undecodable=(2,), unread=(2,)),
-        write_member(tmp_path / "2.zarr", 2, Dense()),
-        write_member(tmp_path / "3.zarr", 3, Dense(), other_samples=(2,)),
+        make(1, Dense(), undecodable=(2,), unread=(2,)),
+        make(2, Dense()),
+        make(3, Dense(), other_samples=(2,)),
     ]
-    with pytest.raises(CorpusMismatchError, match=r"3.zarr: expected the samples of .*, got others in row 2"):
+    with pytest.raises(CorpusMismatchError, match=r"zarr: expected the samples of .*, got others in row 2"):
         combine(paths, tmp_path / "all.zarr")  # the second knows the sample that the first could not read
     combine(paths[:2], tmp_path / "two.zarr")
 
 
-def test_one_store_alone_twice_the_same_and_an_unfinished_one_are_refused(tmp_path: Path, two: list[Path]) -> None:
+def test_one_store_alone_twice_the_same_and_an_unfinished_one_are_refused(
+    tmp_path: Path, make: Make, two: list[Path]
+) -> None:
     with pytest.raises(ValueError, match="expected two or more to combine, got 1"):
         combine(two[:1], tmp_path / "both.zarr")
     with pytest.raises(MismatchError, match="got one that says the same; name each store once"):
         combine([*two, two[0]], tmp_path / "both.zarr")
-    begun = write_member(tmp_path / "begun.zarr", 3, Dense("float32"), finalize=False)
+    begun = make(3, Dense("float32"), finalize=False)
     with pytest.raises(NotSealedError, match="expected a finalized store, got one that is not"):
         combine([two[0], begun], tmp_path / "both.zarr")
 
@@ -483,20 +485,20 @@ def test_options_out_of_range_are_refused(options: dict[str, object], message: s
         CombineOptions(**options)  # type: ignore[arg-type]
 
 
-def test_options_that_would_be_ignored_are_refused(tmp_path: Path, two: list[Path]) -> None:
+def test_options_that_would_be_ignored_are_refused(tmp_path: Path, make: Make, two: list[Path]) -> None:
     for options in (CombineOptions(k=3), CombineOptions(tolerance=0.1)):
         with pytest.raises(ValueError, match=r"expected none with dense, got .*; it is of topk: leave it out"):
             combine(two, tmp_path / "both.zarr", options)
-    draws = [write_member(tmp_path / f"s{seed}.zarr", seed, draws_with(seed)) for seed in (1, 2)]
+    draws = [make(seed, draws_with(seed)) for seed in (1, 2)]
     with pytest.raises(ValueError, match="values: expected none with sample, which keeps counts, got float16"):
         combine(draws, tmp_path / "both.zarr", CombineOptions(values="float16"))
-    apart = [write_member(tmp_path / f"t{seed}.zarr", seed, Dense(), temperatures=(float(seed),)) for seed in (1, 2)]
+    apart = [make(seed, Dense(), temperatures=(float(seed),)) for seed in (1, 2)]
     with pytest.raises(ValueError, match="temperatures: expected one that every store declares, got none; give --temp"):
         combine(apart, tmp_path / "both.zarr")
     assert combine(apart, tmp_path / "both.zarr", CombineOptions(temperatures=(1, 3))).num_rows == 22
 
 
-def test_the_command_prints_what_it_did_and_fails_in_one_line(tmp_path: Path, two: list[Path]) -> None:
+def test_the_command_prints_what_it_did_and_fails_in_one_line(tmp_path: Path, make: Make, two: list[Path]) -> None:
     done = run("combine", *two, "--out", tmp_path / "both.h5", "--combine", "mean-logits", "--compressor", "zstd")
     assert done.exit_code == 0, done.output
     assert "both.h5: 22 rows, dense values=float32, " in done.stdout
@@ -509,10 +511,24 @@ def test_the_command_prints_what_it_did_and_fails_in_one_line(tmp_path: Path, tw
     missing = run("combine", two[0], tmp_path / "nothing.zarr", "--out", tmp_path / "x.zarr")
     assert (missing.exit_code, missing.stderr.count("\n")) == (1, 1)
     assert "expected a logit store, got no such path" in missing.stderr
-    topk = [write_member(tmp_path / f"k{seed}.zarr", seed, TopK(3), num_classes=20) for seed in (1, 2)]
+    topk = [make(seed, TopK(3), num_classes=20) for seed in (1, 2)]
     refused = run("combine", *topk, "--out", tmp_path / "k.zarr")
     assert refused.exit_code == 1
     tolerance = refused.stderr.split("--tolerance ")[1].split(",")[0]
     done = run("combine", *topk, "--out", tmp_path / "k.zarr", "--tolerance", tolerance)
     assert done.exit_code == 0, done.output
     assert "note: a kept probability is off by " in done.stderr
+    said = json.loads(run("info", tmp_path / "k.zarr", "--json").stdout)["combined"]
+    assert said["probability_within"] <= float(tolerance)
+    text = run("info", tmp_path / "k.zarr").stdout
+    assert f"combined  of 2 stores, kept probabilities within {said['probability_within']:g}, entropy within " in text
+
+
+@pytest.mark.parametrize(
+    "combined", ["yes", {"entropy_within": -1}, {"probability_within": True}, {"max_logit_within": "x"}]
+)
+def test_bounds_that_are_no_numbers_are_damage(tmp_path: Path, make: Make, two: list[Path], combined: object) -> None:
+    other = make(3, Dense("float32"), extra={"combined": combined})
+    with pytest.raises(DamageError, match=r"manifest: expected .*; take another copy of the store"):
+        combine([two[0], other], tmp_path / "both.zarr")
+    assert run("info", other).exit_code == 0

@@ -41,7 +41,7 @@ def members(draw: st.DrawFn) -> tuple[Array, list[int]]:
     return logits_MRC.astype(np.float32), [draw(st.integers(1, num_classes)) for _ in range(num_members)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(members())
 def test_every_probability_and_entropy_is_where_the_bounds_say(given_members: tuple[Array, list[int]]) -> None:
     logits_MRC, ks = given_members
@@ -59,7 +59,7 @@ def test_every_probability_and_entropy_is_where_the_bounds_say(given_members: tu
     assert (np.abs(known.entropy_R - true_R) <= known.entropy_within_R + 1e-5).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(members())
 def test_no_row_is_further_off_than_it_says_and_one_that_is_not_is_the_ensembles_own(
     given_members: tuple[Array, list[int]],

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,14 @@ from storage.scan import DiffResult, convert, diff, difference
 from storage.scan.difference_plan import common_arrays
 from storage.scan.difference_rows import ArrayDifference
 from tests.series import write_series
-from tests.storage.members import draws_with, read_all, says, write_member
+from tests.storage.members import Make, draws_with, maker, read_all, says, write_member
 from tests.storage.scan_stores import manifest_of, write_store
 from tests.storage.soft_targets import hidden_encoding, sequences_of
-
-Make = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """A member's store, written once for each set of options; not to be changed."""
-    folder, made = tmp_path_factory.mktemp("stores"), dict[str, Path]()
-
-    def member(seed: int, encoding: Encoding, **options: Any) -> Path:
-        key = repr((seed, encoding, options))
-        if key not in made:
-            made[key] = write_member(folder / f"{len(made)}.zarr", seed, encoding, **options)
-        return made[key]
-
-    return member
+    return maker(tmp_path_factory.mktemp("stores"))
 
 
 def run(*words: object) -> Result:
