@@ -69,6 +69,7 @@ class Drive:
 
     def run(self, fit: set[str], is_stopped: Callable[[], bool]) -> None:
         """Hand out shards until none is left, or someone stops; workers that are not `fit` are checked first."""
+        fit = fit & set(self.team.names)  # some may have died since they were checked: of the pilot, say
         self.fit = {address: [] for address in fit}
         for address in set(self.team.names) - fit:
             self._check(address)
