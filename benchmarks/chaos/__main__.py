@@ -97,6 +97,7 @@ def figures(outcomes: Sequence[Outcome], num_samples: int, seed: int, seconds: f
         "num_rows_each": num_samples,
         "num_quarantined_each": max((one.num_quarantined for one in outcomes), default=0),
         "driver_starts": sum(one.num_starts for one in outcomes),
+        "worker_deaths_seen_by_drivers": sum(one.num_deaths for one in outcomes),
         "drivers_refused_beside_another": sum(one.num_refused for one in outcomes),
         "rounds": [
             {
@@ -148,7 +149,10 @@ def main() -> None:
     found = figures(outcomes, args.samples, seed, time.perf_counter() - begun)
     enough = found["num_faults"] >= args.faults
     if not enough:
-        print(f"expected {args.faults} faults that hit something, got {found['num_faults']}; give it more --seconds")
+        print(
+            f"expected {args.faults} faults that hit something, got {found['num_faults']}; give it more --seconds",
+            flush=True,
+        )
     if not enough or any(one.problems for one in outcomes):
         sys.exit(f"chaos: something does not hold; the seed is {seed}, and all that was there is in {folder}")
     write_result("chaos", found)

@@ -2,10 +2,12 @@
 
 import contextlib
 import random
+import re
 import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
@@ -16,6 +18,7 @@ from benchmarks.chaos.processes import Crew, Driver, environment
 from benchmarks.chaos.proxy import CALM
 from benchmarks.chaos.world import BUCKET, Data, World
 from storage.reader import open_store
+from storage.records import MANIFEST
 from storage.remote import open_place
 
 STEP_S = 0.05
@@ -72,6 +75,7 @@ class Outcome:
         seconds: that it took.
         num_starts: drivers started.
         num_refused: of these, that ended by being refused beside another driver.
+        num_deaths: workers of which a driver said that they died: killed, or dead of the deadly sample.
         content_digest: of the store.
         num_quarantined: rows of it.
         problems: all that does not hold.
@@ -82,6 +86,7 @@ class Outcome:
     seconds: float = 0.0
     num_starts: int = 0
     num_refused: int = 0
+    num_deaths: int = 0
     content_digest: str | None = None
     num_quarantined: int = 0
     problems: list[str] = field(default_factory=list)
@@ -200,6 +205,8 @@ class Play:
         """Fill the disk for some seconds; it counts once the run says that it met it."""
         if self.disk is None or self.full_until is not None:
             return
+        if not (Path(self.out) / MANIFEST).exists():  # a run that can't even begin a store ends at once, and says why
+            return
         self.num_full_words = driver.said().count(FULL_WORDS)
         self.full_until = time.monotonic() + self.generator.uniform(*FULL_S)
         self.disk.fill(driver)
@@ -246,6 +253,7 @@ class Play:
             self._hear()
         for driver in self.drivers:
             self.outcome.num_starts += driver.num_starts
+            self.outcome.num_deaths += len(re.findall(r"^worker .* died", driver.said(), re.MULTILINE))
             if driver.num_orphans:
                 self.outcome.problems.append(
                     f"{self.what.name}: expected the workers of a killed driver to end within {ORPHANS_S:.0f} s, got "

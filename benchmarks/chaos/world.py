@@ -22,7 +22,7 @@ from teacherdump.config import DumpConfig
 
 BUCKET = "chaos"
 CORPUS_URL = f"s3://{BUCKET}/corpus"
-BATCH_SIZE, SHARD_ROWS = 16, 50  # the last batch of each shard is a short one
+BATCH_SIZE, SHARD_ROWS = 16, 24  # the last batch of each shard is a short one
 BROKEN_SHARE, POISON_SHARE = 0.01, 0.005
 
 Data = Literal["folder", "tars", "remote-tars"]
