@@ -110,7 +110,7 @@ def _loaded(data: bytes) -> Array:
         raise ValueError(f"{dtype} in Fortran's order" if is_fortran else f"{dtype}")
     if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
         raise ValueError(f"a shape {shape} in {len(data)} bytes")
-    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape).copy()  # torch takes none that is read-only
 
 
 def _npy_bytes(values: Array) -> bytes:
