@@ -215,7 +215,10 @@ def dump_job(config: DumpConfig, job: "AnyJob", say: Say, quiet: bool, old: Stor
 def _owed(writer: StoreWriter, old: Store | None) -> Sequence[int]:
     """Shards that are to be written: those that are not sealed, and that an older version has."""
     owed = writer.owed_shards()
-    return owed if old is None else [shard for shard in owed if shard in set(old.sealed_shards())]
+    if old is None:
+        return owed
+    there = frozenset(old.sealed_shards())
+    return [shard for shard in owed if shard in there]
 
 
 def _say_where_it_goes_on(writer: StoreWriter, job: "AnyJob", say: Say) -> None:

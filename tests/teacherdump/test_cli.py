@@ -155,7 +155,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_nothing_is_lost(folder: Path,
     def no_room() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
 
-    process = dump_in(folder, "--out", out, preexec_fn=no_room)
+    process = dump_in(folder, "--out", out, "--wait-for-room", "0", "--run-log", "none", preexec_fn=no_room)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     *notes, error = stderr.splitlines()
