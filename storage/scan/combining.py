@@ -166,14 +166,14 @@ def _target_manifest(
 ) -> Manifest:
     """The manifest of the new store: rows, shards and chunks of the first."""
     first = members[0].manifest
-    made = [{"name": member.name, "provenance": dict(member.manifest.provenance)} for member in members]
+    made = {str(number): dict(member.manifest.provenance) for number, member in enumerate(members, 1)}
     return replace(
         first,
         encoding=encoding,
         temperatures=temperatures,
         teacher=ensemble_identity([member.manifest.teacher for member in members], options.combine),
         compressor=options.compressor or first.compressor,
-        provenance={"combined_from": made},
+        provenance={"combined_from": [member.name for member in members], "members": made},
         format_version="",
         lineage=tuple(lineage),
         extra={**first.extra, COMBINED: {"num_stores": len(members), **within}},

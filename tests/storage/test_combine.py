@@ -15,9 +15,10 @@ from storage.cli import main
 from storage.encodings import Dense, Encoding, TopK
 from storage.errors import CorpusMismatchError, DamageError, MismatchError, NotSealedError, PathError
 from storage.reader import open_store
-from storage.scan import CombineOptions, combine, verify
+from storage.scan import CombineOptions, combine, copy, diff, verify
 from storage.scan.ensemble import Combine
 from storage.writer import StoreWriter
+from tests.s3 import S3Server
 from tests.series import write_series
 from tests.storage.members import Make, draws_with, maker, read_all, says
 from tests.storage.scan_stores import manifest_of, write_store
@@ -283,7 +284,7 @@ def test_a_combined_store_says_of_which_stores_it_is(tmp_path: Path, two: list[P
             {"digest": "02" * 32, "kind": "weights"},
         ]
         assert (manifest.teacher["arch"], manifest.teacher["precision"]) == ("mlp:1-1", "fp32")
-        assert [made["name"] for made in manifest.provenance["combined_from"]] == [path.name for path in two]
+        assert manifest.provenance["combined_from"] == [path.name for path in two]
     again = combine([tmp_path / "both.zarr", two[0]], tmp_path / "three.zarr")
     with open_store(again.path) as store:
         lineage = json.loads(json.dumps(store.manifest.to_json()["lineage"]))
@@ -532,3 +533,14 @@ def test_bounds_that_are_no_numbers_are_damage(tmp_path: Path, make: Make, two: 
     with pytest.raises(DamageError, match=r"manifest: expected .*; take another copy of the store"):
         combine([two[0], other], tmp_path / "both.zarr")
     assert run("info", other).exit_code == 0
+
+
+def test_stores_at_urls_are_combined_and_compared_where_they_are(tmp_path: Path, s3: S3Server, two: list[Path]) -> None:
+    urls = [s3.url(f"members/{path.name}") for path in two]
+    for path, url in zip(two, urls, strict=True):
+        copy(path, url)
+    here = combine(two, tmp_path / "both.zarr")
+    there = combine(urls, s3.url("members") + "/both.zarr")
+    assert there.content_digest == here.content_digest
+    assert diff(there.path, here.path).same
+    assert run("diff", there.path, urls[0]).exit_code == 1
