@@ -56,7 +56,7 @@ class S3Server:
     def ask(self, **faults: Any) -> dict[str, Any]:
         """Set what the next requests meet: `cut=N`, `fail=N` with `status=S`, `slow_s=X`; gives the counts so far.
 
-        `method` and `contains` choose the requests.
+        `method`, `contains` and `every=N` choose the requests.
         """
         body = json.dumps(faults).encode()
         with urllib.request.urlopen(self.endpoint + FAULTS, body, timeout=20) as answer:
@@ -119,7 +119,7 @@ def s3(s3_server: S3Server) -> Iterator[S3Server]:
         for name, value in s3_server.environment.items():
             environment.setenv(name, value)
         yield s3_server
-        s3_server.ask(cut=0, fail=0, slow_s=0)
+        s3_server.ask(cut=0, fail=0, slow_s=0, every=1, contains="")
 
 
 class Faults:
@@ -128,7 +128,7 @@ class Faults:
     def __init__(self, app: Callable[..., Iterable[bytes]]) -> None:
         self._app, self._lock, self._conditions = app, threading.Lock(), threading.Lock()
         self._plan: dict[str, Any] = {}
-        self._counts = {"requests": 0, "cut": 0, "failed": 0, "bytes": 0}
+        self._counts = {"requests": 0, "chosen": 0, "cut": 0, "failed": 0, "bytes": 0}
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] == FAULTS:
@@ -168,6 +168,9 @@ class Faults:
         with self._lock:
             self._counts["requests"] += 1
             if plan.get("method", method) != method or plan.get("contains", "") not in path:
+                return None
+            self._counts["chosen"] += 1
+            if self._counts["chosen"] % plan.get("every", 1):
                 return None
             if plan.get("fail", 0) > 0:
                 plan["fail"] -= 1

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -62,6 +63,8 @@ class ByteCache:
         self.settings = settings
         self.folder, self.max_bytes = Path(settings.folder), settings.max_bytes
         self._full_until = 0.0
+        self._coming: dict[tuple[str, int], threading.Event] = {}
+        self._claiming = threading.Lock()
         with clear_os_errors(self.folder):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             strange = [path.name for path in self.folder.iterdir() if not _is_ours(path.name)]
@@ -114,6 +117,19 @@ class ByteCache:
             self._full_until = time.monotonic() + FULL_S
             return False
         return True
+
+    def claim(self, digest: str, start: int) -> threading.Event | None:
+        """Say that a piece is being fetched; what to wait for where another thread is fetching it already."""
+        with self._claiming:
+            there = self._coming.get((digest, start))
+            if there is None:
+                self._coming[digest, start] = threading.Event()
+            return there
+
+    def release(self, digest: str, start: int) -> None:
+        """Say that a claimed piece is there, or won't come."""
+        with self._claiming:
+            self._coming.pop((digest, start)).set()
 
     def has_room(self) -> bool:
         """Whether a piece may be kept, as far as is known."""

@@ -97,35 +97,78 @@ def get_bytes(place: Place, cache: ByteCache | None, key: str, known: Known | No
     """
     if cache is None or known is None or not 0 <= start <= stop <= known.num_bytes:
         return place.get_range(key, start, stop)
-    found = bytearray(stop - start)
-    missing: list[int] = []  # starts of pieces that lie one behind the other
+    return _Gathering(place, cache, key, known, start, stop).run()
 
-    def fill(first: int, data: bytes) -> None:
-        low, high = max(start, first), min(stop, first + len(data))
-        found[low - start : high - start] = memoryview(data)[low - first : high - first]
 
-    def fetch() -> None:
-        if not missing:
+class _Gathering:
+    """Bytes of an object as they come together, out of the cache and over the network.
+
+    Each piece is fetched by one of the threads that need it; the others wait. Threads go through an object from its
+    start on, and fetch what they claimed before they wait, so that no two wait for each other.
+    """
+
+    def __init__(self, place: Place, cache: ByteCache, key: str, known: Known, start: int, stop: int) -> None:
+        self._place, self._cache, self._key, self._known = place, cache, key, known
+        self._start, self._stop = start, stop
+        self._found = bytearray(stop - start)
+        self._missing: list[int] = []  # starts of pieces to fetch that lie one behind the other
+        self._claimed: list[int] = []
+
+    def run(self) -> bytes:
+        try:
+            for piece in range(self._start // PIECE_BYTES * PIECE_BYTES, self._stop, PIECE_BYTES):
+                data = self._cached(piece)
+                if data is not None:
+                    self._fetch()
+                    self._fill(piece, data)
+            self._fetch()
+        finally:
+            self._release()
+        return bytes(self._found)
+
+    def _end(self, piece: int) -> int:
+        return min(piece + PIECE_BYTES, self._known.num_bytes)
+
+    def _cached(self, piece: int) -> bytes | None:
+        """A piece that the cache has, or soon has; None where it is this one's to fetch."""
+        digest = self._known.digest
+        while (data := self._cache.get(digest, piece, self._end(piece))) is None:
+            # of a full cache each takes what it needs itself
+            coming = None
+            if self._cache.has_room():
+                coming = self._cache.claim(digest, piece)
+                if coming is None:
+                    self._claimed.append(piece)
+            if coming is None:
+                self._missing.append(piece)
+                return None
+            self._fetch()
+            coming.wait()
+        return data
+
+    def _fetch(self) -> None:
+        """Fetch the pieces that are missing so far, with one request."""
+        if not self._missing:
             return
-        first, end = missing[0], min(missing[-1] + PIECE_BYTES, known.num_bytes)
-        if not cache.has_room():  # then no more than is asked for
-            first, end = max(first, start), min(end, stop)
-        data = place.get_range(key, first, end)
-        fill(first, data)
-        for piece in missing:
-            if first <= piece and min(piece + PIECE_BYTES, known.num_bytes) <= end:
-                cache.put(known.digest, piece, data[piece - first : piece - first + PIECE_BYTES])
-        missing.clear()
+        first, end = self._missing[0], self._end(self._missing[-1])
+        if not self._cache.has_room():  # then no more than is asked for
+            first, end = max(first, self._start), min(end, self._stop)
+        data = self._place.get_range(self._key, first, end)
+        self._fill(first, data)
+        for piece in self._missing:
+            if first <= piece and self._end(piece) <= end:
+                self._cache.put(self._known.digest, piece, data[piece - first : piece - first + PIECE_BYTES])
+        self._missing.clear()
+        self._release()
 
-    for piece in range(start // PIECE_BYTES * PIECE_BYTES, stop, PIECE_BYTES):
-        data = cache.get(known.digest, piece, min(piece + PIECE_BYTES, known.num_bytes))
-        if data is None:
-            missing.append(piece)
-        else:
-            fetch()
-            fill(piece, data)
-    fetch()
-    return bytes(found)
+    def _release(self) -> None:
+        for piece in self._claimed:
+            self._cache.release(self._known.digest, piece)
+        self._claimed.clear()
+
+    def _fill(self, first: int, data: bytes) -> None:
+        low, high = max(self._start, first), min(self._stop, first + len(data))
+        self._found[low - self._start : high - self._start] = memoryview(data)[low - first : high - first]
 
 
 def forget_bytes(cache: ByteCache | None, known: Known | None, start: int, stop: int) -> bool:
