@@ -105,7 +105,7 @@ def test_sequences_are_combined_position_by_position(
 
 def test_topk_stores_of_agreeing_teachers_become_what_the_ensemble_keeps(tmp_path: Path, make: Make) -> None:
     generator = np.random.default_rng(5)
-    logits = [np.arange(30) * -0.7 + generator.normal(0, 0.05, (22, 30)) for _ in range(2)]
+    logits = [np.arange(30) * -0.7 + generator.normal(0, 0.3, (22, 30)) for _ in range(2)]
     paths = [
         make(seed, TopK(8, "float32"), logits=each.astype(np.float32), num_classes=30)
         for seed, each in enumerate(logits)
@@ -113,7 +113,7 @@ def test_topk_stores_of_agreeing_teachers_become_what_the_ensemble_keeps(tmp_pat
     result = combine(paths, tmp_path / "both.zarr")
     assert result.encoding["name"] == "topk"
     k = result.encoding["k"]
-    assert 6 <= k <= 8
+    assert 4 <= k < 8
     assert result.within["probability_within"] == 0
     expected = TopK(k, "float32").encode(mean_of(logits, "mean-probs").astype(np.float32), (1.0,))
     found = read_all(tmp_path / "both.zarr")
@@ -121,10 +121,12 @@ def test_topk_stores_of_agreeing_teachers_become_what_the_ensemble_keeps(tmp_pat
     for name in ("values", "lse", "log_tail", "max_logit"):
         np.testing.assert_allclose(found[name], expected[name], atol=EXACT)
     within = result.within["entropy_within"]
-    assert 0 < within < 0.05
+    assert 0 < within < 0.1
     assert (np.abs(found["entropy"] - expected["entropy"].astype(float)) <= within + 2e-3).all()
     assert verify(result.path).ok
     assert "only T = 1 is declared, not 4" in result.notes[0]
+    with pytest.raises(MismatchError, match=f"expected the 8 likeliest classes .*; use --k {k}, --tolerance "):
+        combine(paths, tmp_path / "more.zarr", CombineOptions(k=8))
 
 
 def test_a_tolerance_lets_classes_in_that_one_store_does_not_keep_and_is_held(tmp_path: Path, make: Make) -> None:
