@@ -66,11 +66,8 @@ def pilot_alarm(job: Job, is_stopped: Callable[[], bool] = lambda: False) -> Non
     status_N = np.concatenate([part.status_N for part in parts])
     where = f"pilot of {format_count(len(rows_N))} rows"
     found = list(status_findings(status_N, is_spread=True))
-    if (
-        not (status_N == STATUS_OK).any()
-        and len(rows_N) >= LEAST_ROWS
-        and {item.name for item in found} & {*job.alarms}
-    ):
+    name = "undecodable" if status_N[0] == STATUS_UNDECODABLE else "not-finite"
+    if not (status_N == STATUS_OK).any() and len(rows_N) >= _least(job.manifest) and name in job.alarms:
         _refuse(next(part.first_refused for part in parts if part.first_refused is not None), len(rows_N), status_N[0])
     look = _look(parts)
     found += findings(look, job.manifest, is_spread=True)
@@ -85,12 +82,16 @@ def choose_rows(manifest: Manifest, batch_size: int) -> NDArray[np.int64]:
     """
     num_positions = 1 if manifest.sequences is None else manifest.sequences.num_positions
     most = pilot_rows(num_positions, manifest.num_classes)
-    least = LEAST_ROWS if manifest.sequences is None else LEAST_SEQUENCES
-    num_rows = min(most, max(least, manifest.num_rows // SHARE_OF_CORPUS))
+    num_rows = max(_least(manifest), min(most, manifest.num_rows // SHARE_OF_CORPUS))
     if manifest.provenance.get("compile"):
         num_rows = -(-num_rows // batch_size) * batch_size
     kind = str(manifest.corpus.get("kind"))
     return np.array(spread_rows(manifest.num_rows, min(num_rows, manifest.num_rows), kind), np.int64)
+
+
+def _least(manifest: Manifest) -> int:
+    """Rows that tell something."""
+    return LEAST_ROWS if manifest.sequences is None else LEAST_SEQUENCES
 
 
 @dataclass(frozen=True, eq=False)

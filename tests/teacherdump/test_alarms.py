@@ -46,7 +46,7 @@ class Says(nn.Module):
 
 @pytest.fixture
 def teach(config: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Teach:
-    """A dump of 200 rows by a teacher of one function, without hard targets, whose i-th row begins with i."""
+    """A dump by a teacher of one function over 1,024 rows without hard targets, the i-th of which begins with i."""
 
     def build(logits: Callable[[Tensor], Tensor], **options: Any) -> DumpConfig:
         saying = type(sys)("saying")
@@ -56,7 +56,13 @@ def teach(config: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tea
         rows = np.random.default_rng(0).normal(size=(1024, 12)).astype(np.float32)
         rows[:, 0] = np.arange(1024)
         np.savez(tmp_path / "numbered.npz", x=rows)
-        defaults = {"data": str(tmp_path / "numbered.npz"), "labels": None, "shard_rows": 256, "batch_size": 64}
+        defaults: dict[str, Any] = {
+            "data": str(tmp_path / "numbered.npz"),
+            "labels": None,
+            "shard_rows": 256,
+            "batch_size": 64,
+        }
+        defaults["limit_samples"] = 256  # of 1,024: the first shard is enough
         return config(models=(str(tmp_path / "says.pt"),), arch="saying:make", **{**defaults, **options})
 
     return build
@@ -160,7 +166,7 @@ def test_a_teacher_that_breaks_later_is_stopped_before_that_shard_is_written(tea
         return torch.ones(len(number), 5) * torch.arange(5) if late else varied(number)
 
     with pytest.raises(AlarmError, match=r"shard 1 \(rows 256 to 511\), before it was written: .*--no-alarm constant"):
-        run(teach(breaking))
+        run(teach(breaking, limit_samples=None))
     with open_store(tmp_path / "out.zarr") as store:
         assert store.sealed_shards() == (0,)
 
@@ -208,7 +214,9 @@ def test_a_corpus_of_one_class_with_hard_targets_is_left_alone(teach: Teach, tmp
 def test_a_corpus_sorted_by_class_is_left_alone(teach: Teach, tmp_path: Path) -> None:
     np.save(tmp_path / "labels.npy", np.arange(1024) // 256)
     by_class = teach(
-        lambda number: one_hot(number // 256, 5, 8.0) + varied(number), labels=str(tmp_path / "labels.npy")
+        lambda number: one_hot(number // 256, 5, 8.0) + varied(number),
+        labels=str(tmp_path / "labels.npy"),
+        limit_samples=None,
     )
     assert run(by_class).num_sealed_rows == 1024
 

@@ -118,15 +118,15 @@ def test_a_share_that_can_not_be_is_refused(config: Build, share: float) -> None
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("suffix", "options"),
     [
-        {},
-        {"encoding": "topk", "k": 2},
-        {"encoding": "sample", "draws": 20, "temperatures": (1.0,)},
-        {"values": "uint8", "compressor": "zstd"},
+        ("zarr", {}),
+        ("h5", {}),
+        ("zarr", {"encoding": "topk", "k": 2}),
+        ("zarr", {"encoding": "sample", "draws": 20, "temperatures": (1.0,)}),
+        ("h5", {"values": "uint8", "compressor": "zstd"}),
     ],
 )
-@pytest.mark.parametrize("suffix", ["zarr", "h5"])
 def test_a_retry_gives_what_an_undisturbed_run_gives(
     moody: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, options: dict[str, Any]
 ) -> None:
