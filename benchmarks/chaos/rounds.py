@@ -26,6 +26,7 @@ ORPHANS_S = 20.0
 MOST_ARMED = 3  # faults at the proxy that may wait for a victim or be under way at once
 FULL_S = (1.0, 4.0)
 FULL_WORDS = "room"  # what a run says when it waits for a disk
+NO_ROOM = "expected room"  # what it says when it ends for want of it
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Outcome:
         seconds: that it took.
         num_starts: drivers started.
         num_refused: of these, that ended by being refused beside another driver.
+        num_stopped: of these, that ended because there was no room to begin.
         num_deaths: workers of which a driver said that they died: killed, or dead of the deadly sample.
         content_digest: of the store.
         num_quarantined: rows of it.
@@ -86,6 +88,7 @@ class Outcome:
     seconds: float = 0.0
     num_starts: int = 0
     num_refused: int = 0
+    num_stopped: int = 0
     num_deaths: int = 0
     content_digest: str | None = None
     num_quarantined: int = 0
@@ -233,6 +236,9 @@ class Play:
             return code == 0
         if code == -signal.SIGKILL:
             driver.wait_for_workers(ORPHANS_S)
+            driver.start()
+        elif code == 1 and NO_ROOM in driver.said().splitlines()[-1]:  # before it began to dump: then it stops cleanly
+            self.outcome.num_stopped += 1
             driver.start()
         elif code == 1 and self.what.num_drivers > 1:  # refused beside the other; it must come through alone
             self.outcome.num_refused += 1
