@@ -1,6 +1,7 @@
 """`logitstore`: look at a store, check it, finalize it, pack it another way."""
 
 import contextlib
+import heapq
 import json
 from collections.abc import Iterator
 from importlib.metadata import entry_points
@@ -234,12 +235,14 @@ def _stats_text(figures: "Stats") -> str:
     if figures.num_top1_ties:
         ties = f"{format_count(figures.num_top1_ties)} {figures.counted}"
         lines.append(f"  top-1 ties       {ties}, counted for the lowest class")
-    order = sorted(range(figures.num_classes), key=lambda index: -figures.top1_counts[index])
+    order = heapq.nsmallest(
+        SHOWN_CLASSES, range(figures.num_classes), key=lambda index: (-figures.top1_counts[index], index)
+    )
     kind = "class" if figures.sequences is None else "id"
     unnamed = f"{kind} " if figures.class_names is None else ""
     shown = [
         f"{unnamed}{class_label(figures, i)[:NAME_CHARACTERS]}: {format_count(figures.top1_counts[i])}"
-        for i in order[:SHOWN_CLASSES]
+        for i in order
         if figures.sequences is None or figures.top1_counts[i]
     ]
     others = figures.num_classes - len(shown)

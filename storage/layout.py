@@ -10,7 +10,7 @@ from typing import Protocol
 
 # Of one store: what a reader lists, or keeps an index of, must not grow with what a manifest merely says.
 MAX_ROWS = 2**63 - 1
-MAX_SHARDS = 1 << 22
+MAX_SHARDS = 1 << 20
 MAX_SHARD_CHUNKS = 1 << 16
 
 

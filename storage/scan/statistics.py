@@ -5,6 +5,7 @@ Legend: N rows, P positions, R distributions, C classes, T temperatures, K kept 
 
 import math
 import re
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from storage.arrays import STATUS_NOT_FINITE, STATUS_OK, STATUS_UNDECODABLE, Array, Arrays
 from storage.encodings import HeadArrays, Hidden, Sample, TopK
-from storage.errors import NotSealedError
+from storage.errors import DamageError, NotSealedError
 from storage.head import head_records
 from storage.manifest import Manifest
 from storage.reader import Store, open_store
@@ -49,8 +50,12 @@ def stats(path: str | Path, *, num_workers: int | None = None, progress: Progres
     """
     with open_store(path) as store:
         sealed = store.sealed_shards()
-        advance, head = one_at_a_time(progress), store.head()
-        tally = fold_shards(sealed, lambda shard: _tally_shard(store, shard, head, advance), _Tally.merge, num_workers)
+        advance, head, classes = one_at_a_time(progress), store.head(), _ClassCounts(store.manifest, store.path)
+
+        def count(shard: int) -> _Tally:
+            return _tally_shard(store, shard, head, advance, classes)
+
+        tally = fold_shards(sealed, count, _Tally.merge, num_workers)
         if tally is None:
             raise NotSealedError(f"{path}: expected rows to count, got no sealed shard; resume the dump first")
         return _to_stats(store, tally)
@@ -61,11 +66,9 @@ class _Tally:
     """Counts that add up."""
 
     status: Array
-    top1: Array
+    classes: "_ClassCounts"
     entropy: Array
     tails: Array
-    known: Array
-    agreed: Array
     num_ties: int = 0
     nll_sum: float = 0.0
     num_nll: int = 0
@@ -76,25 +79,21 @@ class _Tally:
     examples: dict[str, tuple[str, str, int]] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, manifest: Manifest) -> Self:
+    def empty(cls, manifest: Manifest, classes: "_ClassCounts") -> Self:
         """No rows."""
-        num_classes, num_temperatures = manifest.num_classes, len(manifest.temperatures)
-        tails = num_temperatures if isinstance(manifest.encoding, TopK) else 0
-        known = num_classes if _has_hard_targets(manifest) else 0
+        tails = len(manifest.temperatures) if isinstance(manifest.encoding, TopK) else 0
         return cls(
             status=np.zeros(256, np.int64),
-            top1=np.zeros(num_classes, np.int64),
+            classes=classes,
             entropy=np.zeros(ENTROPY_BINS, np.int64),
             tails=np.zeros((tails, 2 * BINS_A_SIDE + 1), np.int64),
-            known=np.zeros(known, np.int64),
-            agreed=np.zeros(known, np.int64),
             tail_sum=np.zeros(tails),
             tail_max=np.zeros(tails),
         )
 
     def merge(self, later: Self) -> Self:
         """The counts of both."""
-        for name in ("status", "top1", "entropy", "tails", "known", "agreed", "tail_sum"):
+        for name in ("status", "entropy", "tails", "tail_sum"):
             getattr(self, name).__iadd__(getattr(later, name))
         self.num_ties += later.num_ties
         self.nll_sum += later.nll_sum
@@ -114,6 +113,39 @@ class _Tally:
         self.examples.setdefault(group, (reason, key, row))
 
 
+class _ClassCounts:
+    """Counts of each class, one for all threads: a store may claim more classes than a shard has bytes.
+
+    Attributes:
+        where: the store, for messages.
+        top1: rows whose top-1 it is, int64 (C,).
+        known: rows whose hard target it is.
+        agreed: of these, rows whose top-1 it is too.
+    """
+
+    def __init__(self, manifest: Manifest, where: str) -> None:
+        self.where = where
+        known = manifest.num_classes if _has_hard_targets(manifest) else 0
+        self.top1 = np.zeros(manifest.num_classes, np.int64)
+        self.known, self.agreed = np.zeros(known, np.int64), np.zeros(known, np.int64)
+        self._lock = threading.Lock()
+
+    def add(self, top1_R: Array, target_R: Array | None) -> None:
+        """Count some rows; -1 in `target_R` is not known."""
+        most = max(int(ids_R.max()) for ids_R in (top1_R, target_R) if ids_R is not None and len(ids_R))
+        if most >= len(self.top1):
+            raise DamageError(
+                f"{self.where}: expected classes below {len(self.top1)}, got {most}; see what else is wrong: "
+                "logitstore verify"
+            )
+        with self._lock:
+            np.add.at(self.top1, top1_R, 1)
+            if target_R is not None:
+                known_R = target_R >= 0
+                np.add.at(self.known, target_R[known_R], 1)
+                np.add.at(self.agreed, target_R[known_R & (target_R == top1_R)], 1)
+
+
 def _has_hard_targets(manifest: Manifest) -> bool:
     """Whether a store can tell each hard target, be it a class or the next token."""
     return manifest.has_hard_targets or (manifest.sequences is not None and manifest.sequences.has_tokens)
@@ -126,9 +158,9 @@ def _names(manifest: Manifest) -> list[str]:
     return [spec.name for spec in manifest.arrays if spec.name in wanted]
 
 
-def _tally_shard(store: Store, shard: int, head: HeadArrays | None, advance: Progress) -> _Tally:
+def _tally_shard(store: Store, shard: int, head: HeadArrays | None, advance: Progress, classes: _ClassCounts) -> _Tally:
     manifest = store.manifest
-    tally = _Tally.empty(manifest)
+    tally = _Tally.empty(manifest, classes)
     for entry in store.seal(shard).quarantine:
         tally.refuse(entry.reason, entry.key, entry.row)
     names = _names(manifest)
@@ -159,7 +191,7 @@ def _counted(manifest: Manifest, arrays: Arrays) -> Arrays:
 def _tally_rows(tally: _Tally, manifest: Manifest, arrays: Arrays, head: HeadArrays | None) -> None:
     """Count distributions."""
     top1_R = _top1(tally, manifest, arrays, head)
-    tally.top1 += np.bincount(top1_R, minlength=manifest.num_classes)
+    tally.classes.add(top1_R, arrays.get("hard_target"))
     if "log_tail" in arrays:
         _tally_tails(tally, arrays["log_tail"])
     entropy_R = arrays["entropy"].astype(np.float64)
@@ -172,11 +204,6 @@ def _tally_rows(tally: _Tally, manifest: Manifest, arrays: Arrays, head: HeadArr
         logprob_R = logprob_R[~np.isnan(logprob_R)]
         tally.nll_sum -= float(logprob_R.sum())
         tally.num_nll += len(logprob_R)
-    if "hard_target" in arrays:
-        target_R = arrays["hard_target"]
-        known_R = target_R >= 0
-        tally.known += np.bincount(target_R[known_R], minlength=manifest.num_classes)
-        tally.agreed += np.bincount(target_R[known_R & (target_R == top1_R)], minlength=manifest.num_classes)
 
 
 def _top1(tally: _Tally, manifest: Manifest, arrays: Arrays, head: HeadArrays | None) -> Array:
@@ -216,14 +243,19 @@ def _tail_of(bins: Array) -> Array:
 
 
 def _to_stats(store: Store, tally: _Tally) -> Stats:
-    manifest, num_counted = store.manifest, int(tally.top1.sum())
+    manifest, num_counted = store.manifest, int(tally.classes.top1.sum())
     head = store.head()
     edges = np.linspace(0, math.log(manifest.num_classes) or 1.0, ENTROPY_BINS + 1)
     refused = []
     for group, count in tally.reasons.most_common():
         reason, key, row = tally.examples[group]
         refused.append(Refused(reason, count, key, row))
-    agreement = Agreement(int(tally.known.sum()), int(tally.agreed.sum()), _ints(tally.known), _ints(tally.agreed))
+    agreement = Agreement(
+        int(tally.classes.known.sum()),
+        int(tally.classes.agreed.sum()),
+        _ints(tally.classes.known),
+        _ints(tally.classes.agreed),
+    )
     return Stats(
         path=store.path,
         num_rows=manifest.num_rows,
@@ -235,7 +267,7 @@ def _to_stats(store: Store, tally: _Tally) -> Stats:
         sequences=manifest.sequences,
         num_positions=1 if manifest.sequences is None else manifest.sequences.num_positions,
         num_tokens=None if manifest.sequences is None else num_counted,
-        top1_counts=_ints(tally.top1),
+        top1_counts=_ints(tally.classes.top1),
         num_top1_ties=tally.num_ties,
         entropy=Entropy(
             tuple(edges.tolist()), _ints(tally.entropy), tally.entropy_sum / num_counted if num_counted else math.nan

@@ -19,6 +19,7 @@ from storage.scan.passes import Block, Progress, blocks, fold_shards, one_at_a_t
 from storage.scan.rows import broken_rules
 from storage.series import is_series
 
+MAX_DAMAGE = 1000  # of a shard
 MAX_LOST_SEALS = 1000  # after so many, one more says nothing new: a final record may claim millions
 SPOT_HEAD_VALUES = 1 << 26  # of a head so small, every block's rows are recomputed; of a larger one, a shard's first's
 
@@ -124,7 +125,7 @@ def verify(path: str | Path, *, num_workers: int | None = None, progress: Progre
 def _verify(store: Store, num_workers: int | None, progress: Progress | None) -> VerifyResult:
     sealed = store.sealed_shards()
     records = _check_records(store, sealed)
-    sealed = sealed[: records.num_looked_at]
+    sealed = sealed if records.only is None else records.only
     advance = one_at_a_time(progress)
     head = records.head
     shards = fold_shards(sealed, lambda shard: _check_shard(store, shard, head, advance), _merge, num_workers)
@@ -169,19 +170,20 @@ class _Records:
     damage: tuple[Damage, ...]
     content_digest: str | None
     head: HeadArrays | None
-    num_looked_at: int
+    only: tuple[int, ...] | None  # shards that are worth a look, where most seals are none
 
 
 def _check_records(store: Store, sealed: tuple[int, ...]) -> _Records:
     """Read every seal, and check the final record and the metadata against what is there."""
     damage: list[Damage] = []
-    seals, state, num_quarantined, looked_at = [], hashlib.sha256(), 0, 0
+    seals: list[Seal] = []
+    state, num_quarantined, only = hashlib.sha256(), 0, None
     for shard in sealed:
         if len(damage) >= MAX_LOST_SEALS:
             text = f"{store.path}: expected a store, got {len(damage):,} seals that are none; the others were not read"
             damage.append(Damage(text))
+            only = tuple(seal.shard for seal in seals)
             break
-        looked_at += 1
         try:
             seal = store.seal(shard)
         except NotSealedError:
@@ -207,7 +209,7 @@ def _check_records(store: Store, sealed: tuple[int, ...]) -> _Records:
     except DamageError as error:
         damage.append(Damage.of(error))
     damage += [Damage(f"{store.path}: {text}") for text in check_metadata(store)]
-    return _Records(tuple(damage), digest, head, looked_at)
+    return _Records(tuple(damage), digest, head, only)
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,9 @@ def _check_held(store: Store, shard: int, head: HeadArrays | None, advance: Prog
             _check_quarantine(findings, block, arrays["status"], refused)
         num_chunks += len(block.chunks) * len(specs)
         advance(block.stop - block.start)
+        if len(findings.lost) == len(specs):  # nothing is left to look at, however many chunks there should be
+            advance(store.layout.shard_bounds(shard)[1] - block.stop)
+            break
     if seal is not None:
         _check_digests(findings, seal, {name: state.hexdigest() for name, state in running.items()})
     return _Shards(tuple(findings.damage), num_chunks)
@@ -309,6 +314,10 @@ def _read(findings: _Findings, name: str, block: Block) -> Array | None:
             findings.damage.append(Damage.of(error))
             if error.chunk is None:  # the array as a whole: no other chunk can tell more
                 findings.lost.add(name)
+                break
+            if len(findings.damage) >= MAX_DAMAGE:
+                findings.lost.add(name)
+                findings.add("expected chunks that hold, got so many that don't that the others were not read", name)
                 break
         except OSError as error:
             findings.add(f"expected a disk that can be read, got {error.strerror or error}", name, chunk)

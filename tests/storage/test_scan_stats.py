@@ -15,7 +15,7 @@ from storage.errors import DamageError, NotSealedError, PathError
 from storage.manifest import Manifest
 from storage.records import QuarantineEntry
 from storage.scan import Stats, statistics, stats, write_picture
-from storage.scan.statistics import _Tally
+from storage.scan.statistics import _ClassCounts, _Tally
 from storage.writer import StoreWriter
 from tests.storage.scan_stores import BLURRED, BROKEN, hard_targets_of, logits_of, manifest_of, shard_of, write_store
 from tests.storage.soft_targets import hard_target_logprobs, hidden_encoding, num_positions_of, sequences_of
@@ -195,7 +195,7 @@ def refused_store(path: Path, reasons: int) -> Path:
 
 
 def test_reasons_that_differ_in_numbers_alone_are_one() -> None:
-    tally = _Tally.empty(manifest_of())
+    tally = _Tally.empty(manifest_of(), _ClassCounts(manifest_of(), "here"))
     for row, reason in enumerate(("byte 7 of 80 is wrong", "byte 12 of 9 is wrong", "no file")):
         tally.refuse(reason, f"k{row}", row)
     assert list(tally.reasons.values()) == [2, 1]
