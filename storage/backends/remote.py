@@ -9,7 +9,7 @@ import json
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -73,7 +73,12 @@ class RemoteBackend:
 
     def each(self, do: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """What a function gives for each of some things, in order, side by side; not from inside such a function."""
-        return self._pool.map(do, items)
+        futures = [self._pool.submit(do, item) for item in items]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:  # nothing goes on behind the caller's back
+            wait([future for future in futures if not future.cancel()])
 
     def exists(self) -> bool:
         """Whether there is anything below the URL; over HTTP, whether there is a store."""
@@ -84,29 +89,27 @@ class RemoteBackend:
     def create(self, manifest: Manifest) -> None:
         """Write the group's and the arrays' metadata, as zarr-python makes it."""
         self.place.refuse_to_write()
-        legal = begun_keys(manifest)
-        found = []
+        legal, found = begun_keys(manifest), []
         for entry in self.place.list():
             if _is_probe(entry.key):  # of another run that looks just now, or of one that was killed
                 continue
             if entry.key not in legal:
-                if self.get_record(MANIFEST) is not None:  # another run began it just now
+                if self.place.state(MANIFEST) is not None:  # another run created the store just now
                     self.attach(manifest)
                     return
-                raise PathError(
-                    f"{self.location}: expected nothing, or a logit store, got something else; give another URL"
-                )
+                raise self._something_else()
             found.append(entry.key)
         if found and not self._is_begun():
-            raise PathError(
-                f"{self.location}: expected nothing, or a logit store, got something else; give another URL"
-            )
+            raise self._something_else()
         self._check_conditions()
         self.place.delete_all([key for key in found if key.startswith(f"{HEAD_FOLDER}/")])
         self._created = metadata_bytes(manifest)
         for key, data in self._created.items():
             self.place.put(key, data)
         self.attach(manifest)
+
+    def _something_else(self) -> PathError:
+        return PathError(f"{self.location}: expected nothing, or a logit store, got something else; give another URL")
 
     def _is_begun(self) -> bool:
         try:
@@ -136,6 +139,8 @@ class RemoteBackend:
     def put_record(self, name: str, data: bytes) -> bool:
         """Create a record, if there is none."""
         if name.startswith(f"{HEAD_FOLDER}/"):  # before the manifest, which names its digest; maybe over another run's
+            if self.place.state(MANIFEST) is not None:
+                return False
             self.place.put(name, data)
             self._created[name] = data
             return True
@@ -301,10 +306,9 @@ class RemoteBackend:
 
     def seal_writing(self, records: Mapping[str, bytes], sealed: Collection[int]) -> None:
         """Remove intents and what is not sealed, then create the last records."""
-        if self.place.is_read_only:
-            if records:
-                self.place.refuse_to_write()
+        if not records:  # what a kill left behind went before the last records came
             return
+        self.place.refuse_to_write()
         keep = set(sealed)
         left = []
         for entry in self.place.list():

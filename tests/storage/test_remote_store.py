@@ -16,12 +16,22 @@ from storage.backends.zarr_objects import seal_name
 from storage.encodings import Dense, TopK
 from storage.errors import DamageError, MismatchError, NotSealedError, PathError, RemoteError
 from storage.exclusive import discard_unsealed, sole_run
+from storage.head import HEAD_WEIGHT
 from storage.reader import open_store
 from storage.records import MANIFEST
 from storage.remote import Place, open_place
 from storage.scan import verify
 from storage.writer import StoreWriter
-from tests.contracts.small import assert_same, expected_rows, names_of, shard_arrays, small_manifest, write
+from tests.contracts.small import (
+    LATER,
+    assert_same,
+    create,
+    expected_rows,
+    names_of,
+    shard_arrays,
+    small_manifest,
+    write,
+)
 from tests.s3 import SECRET, S3Server
 
 SEED_OF_ANOTHER = 7  # of arrays that another writer would seal in the same shard
@@ -122,6 +132,20 @@ def test_who_creates_the_manifest_mends_metadata_that_another_put_there_meanwhil
         write(writer)
         writer.finalize()
     assert verify(url).ok
+
+
+def test_a_run_that_comes_while_another_creates_the_store_goes_on_with_it(s3: S3Server) -> None:
+    url, manifest = s3.url("store.zarr"), small_manifest(**LATER["hidden-rows"])
+    open_place(url).put(f"zarr.json.{'ab' * 16}.probe", b"1")  # of one that was stopped
+    late = backend_at(url)
+    with create(backend_at(url), manifest) as writer:
+        write(writer, 0)
+        late.create(small_manifest())  # it had looked before the manifest was there
+        assert not late.put_record(HEAD_WEIGHT, b"of another teacher")
+        assert not late.put_record(MANIFEST, b"{}")
+        write(writer)
+        writer.finalize()
+    assert (verify(url).damage, verify(url).warnings) == ((), ())
 
 
 def test_a_storage_that_ignores_conditions_is_refused(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
