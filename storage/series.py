@@ -137,7 +137,7 @@ class Series(Store):
             return None  # not begun
         try:
             check_member(store, self.record, found, self._path)
-            if store.sealed_shards():
+            if store.finalized or (not _can_t_list(self._path) and store.sealed_shards()):
                 return store
         except BaseException:
             store.close()
@@ -307,6 +307,11 @@ class Series(Store):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _can_t_list(path: str) -> bool:
+    """Whether a series lies where nothing can be listed, so that of a member only its end is seen: behind HTTP."""
+    return path.startswith(("http://", "https://"))
 
 
 def check_member(store: Store, record: SeriesRecord, files: FilesRecord, series: str) -> None:

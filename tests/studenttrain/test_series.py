@@ -1,8 +1,8 @@
 """A student that learns from a series while it grows, and learns the same again from the finished one."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from storage.errors import (
 )
 from storage.reader import open_store
 from storage.series import Series
+from studenttrain import epoch_start
 from studenttrain.cli import main
 from studenttrain.config import FitConfig
+from studenttrain.distributed import World
 from studenttrain.epochs import EPOCHS, read_epochs
 from studenttrain.metrics import StepLog
-from studenttrain.preparation import open_data
+from studenttrain.preparation import open_data, prepare
 from studenttrain.train import fit
 from tests.builders import write_image_folder
 from tests.series import write_image_member
@@ -90,7 +92,7 @@ def config(growth: Growth, out: str = "run", **options: Any) -> FitConfig:
     return FitConfig(**where | given | options)
 
 
-@contextmanager
+@contextlib.contextmanager
 def at_steps(monkeypatch: pytest.MonkeyPatch, acts: dict[int, Callable[[], object]]) -> Iterator[None]:
     """Do something once after a step, whichever run comes to it."""
     add = StepLog.add
@@ -284,6 +286,20 @@ def test_a_run_is_refused_on_a_series_that_began_otherwise(
     write_image_member(other, images, 0, names(5, 25), refused=[1])
     with pytest.raises(MismatchError, match=r"expected the store that the run began with \(content_digest"):
         fit(FitConfig(**run.to_json() | {"targets": str(other)}), quiet=True)
+
+
+def test_a_rank_that_does_not_see_what_the_main_one_sees_stops(growth: Growth, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Behind(World):
+        def from_main(self, value: Any) -> Any:
+            del value
+            return (0, 1), 10_000
+
+    monkeypatch.setattr(epoch_start, "LONGEST_LAG_S", 0.0)
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(open_store(growth.folder))
+        prepared = prepare(config(growth), store, stack)
+        with pytest.raises(StudentError, match=r"rank 1: expected 10000 rows in .*, as rank 0 sees them, got 20"):
+            epoch_start.epoch_shards(prepared, Behind(1, 2, torch.device("cpu")), None, 0)
 
 
 def test_the_corpus_of_a_series_gives_the_sample_of_each_row(growth: Growth) -> None:
