@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "LostObjectError", "Place", "State", "is_url", "open_place", "split_url"]
 
 PART_BYTES = 16 << 20  # more is read and written in parts, so that a cut connection costs no more than one
+SMALL_BYTES = 1 << 20
 PARALLEL_PARTS = 8
 MERGE_BYTES = 4 << 10  # a gap that costs less than a request of its own
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S, REQUEST_TIMEOUT_S = 5, 30, 120
@@ -96,10 +97,9 @@ class Place:
     def _store(self) -> "ObjectStore":
         return self._connection(is_patient=False)
 
-    @property
-    def _patient_store(self) -> "ObjectStore":
-        """For requests that carry much, and so hear nothing for long."""
-        return self._connection(is_patient=True)
+    def _store_for(self, data: bytes) -> "ObjectStore":
+        """For a request that carries so much: where it is much, nothing is heard for long."""
+        return self._connection(is_patient=len(data) > SMALL_BYTES)
 
     def _connection(self, is_patient: bool) -> "ObjectStore":
         environment = {name: value for name, value in os.environ.items() if name.startswith(CREDENTIAL_VARIABLES)}
@@ -241,7 +241,7 @@ class Place:
         path, where = self._path(key), self._where(key)
         is_large = len(data) > PART_BYTES
         try:
-            retried(where, lambda: self._patient_store.put(path, data, use_multipart=is_large, chunk_size=PART_BYTES))
+            retried(where, lambda: self._store_for(data).put(path, data, use_multipart=is_large, chunk_size=PART_BYTES))
         except FileNotFoundError:
             raise self._no_bucket(where) from None
         self._count(num_written=len(data))
@@ -270,7 +270,7 @@ class Place:
 
         def ask() -> bool:
             try:
-                self._patient_store.put(path, data, mode=mode, use_multipart=False)
+                self._store_for(data).put(path, data, mode=mode, use_multipart=False)
             except FileNotFoundError:
                 if mode == "create":
                     raise
