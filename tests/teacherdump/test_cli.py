@@ -78,6 +78,13 @@ def wait_until_at_work(folder: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.03)
 
 
+def wait_for_a_seal(folder: Path, process: subprocess.Popen[str]) -> None:
+    for _ in range(2000):
+        if any((folder / "out.zarr" / "seals").glob("*.json")) or process.poll() is not None:
+            return
+        time.sleep(0.01)
+
+
 def finish(folder: Path, out: str) -> str:
     """Go on to the end; the content digest."""
     stdout, stderr = dump_in(folder, "--out", out).communicate(timeout=120)
@@ -108,8 +115,7 @@ def test_resume_after_kills_gives_the_same_store(folder: Path, suffix: str) -> N
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_seals_whole_shards_and_says_how_to_go_on(folder: Path, number: int, code: int) -> None:
     process = dump_in(folder, "--out", "out.zarr")
-    wait_until_at_work(folder, process)
-    time.sleep(0.3)
+    wait_for_a_seal(folder, process)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == code
@@ -301,7 +307,7 @@ def test_a_refused_sample_is_counted_in_what_a_run_prints(
     broken.write_bytes(broken.read_bytes()[:200])
     result = invoke(model=str(path), arch="cnn:3-4-2", data=str(images))
     assert result.exit_code == 0
-    assert "40 of 40 rows sealed, 1 refused (logitstore stats " in result.stdout
+    assert "40 of 40 rows sealed, 1 refused (logitstore info " in result.stdout
 
 
 def test_help_is_quick_and_imports_no_torch() -> None:
