@@ -1,20 +1,18 @@
-"""The files that a corpus is made of, on disk or behind a URL: which there are, and their bytes.
+"""The files that a corpus is made of, on disk or behind a URL.
 
 A folder, one file, or a pattern with braces and wildcards gives names relative to a folder, in a fixed order. Nothing
 is opened for that. Links that lead out of the folder are refused.
 """
 
-import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from storage.corpus.patterns import expand_braces, fixed_folder, has_wildcard, is_pattern, matcher
-from storage.corpus.protocol import SampleError
 from storage.errors import CorpusError
 from storage.remote import Place, is_url, open_place, split_url
 from storage.urls import checked_url
@@ -25,9 +23,6 @@ PARQUET_SUFFIXES = (".parquet",)
 
 # Kinds that are made of many files, so that some of them make a corpus too, with the suffixes of these.
 FILE_KINDS = {"images": IMAGE_SUFFIXES, "webdataset": TAR_SUFFIXES, "parquet": PARQUET_SUFFIXES}
-
-# Errors of the machine, not of one file.
-MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev"})
 
@@ -64,114 +59,6 @@ class FoundFiles:
     entries: list[FileEntry]
     num_ignored: int = 0
     example: str = ""
-
-
-class Files(Protocol):
-    """The bytes of files of one folder. It pickles as the folder.
-
-    Attributes:
-        folder: absolute, or a URL.
-    """
-
-    @property
-    def folder(self) -> Path | str:
-        """Where they are."""
-        ...
-
-    def read(self, name: str) -> bytes:
-        """A whole file.
-
-        Raises:
-            SampleError: this file can't be read.
-            CorpusError: none can be read any more.
-        """
-        ...
-
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Bytes [start, stop) of a file, each just as many as that.
-
-        Raises:
-            CorpusError: the file is shorter, or can't be read.
-            RemoteError: it can't be reached.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class LocalFiles:
-    """The files of a folder on disk."""
-
-    folder: Path
-
-    def read(self, name: str) -> bytes:
-        """A whole file."""
-        try:
-            return (self.folder / name).read_bytes()
-        except OSError as error:
-            if error.errno in MACHINE_ERRORS or not self.folder.is_dir():
-                raise CorpusError(
-                    f"corpus '{self.folder}': expected its files to open, got '{error.strerror}'; mend that and run "
-                    "the same command again"
-                ) from error
-            raise SampleError(f"expected a file that can be read, got '{error.strerror}'; mend the file") from error
-
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Bytes [start, stop) of a file, each just as many as that."""
-        path = self.folder / name
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                found = [_pread(descriptor, start, stop - start) for start, stop in ranges]
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise CorpusError(
-                f"corpus file '{path}': expected a file that can be read, got '{error.strerror}'; mend that and run "
-                "the same command again"
-            ) from error
-        for data, (start, stop) in zip(found, ranges, strict=True):
-            if len(data) != stop - start:
-                raise CorpusError(
-                    f"corpus file '{path}': expected bytes {start} to {stop - 1}, got a file of "
-                    f"{start + len(data)}; it was cut off since it was opened: take another copy"
-                )
-        return found
-
-
-def _pread(descriptor: int, start: int, count: int) -> bytes:
-    """Bytes of a file; fewer where it ends."""
-    data = os.pread(descriptor, count, start)
-    while len(data) < count and (more := os.pread(descriptor, count - len(data), start + len(data))):
-        data += more
-    return data
-
-
-@dataclass(frozen=True)
-class RemoteFiles:
-    """The files below a URL."""
-
-    place: Place
-
-    @property
-    def folder(self) -> str:
-        """The URL."""
-        return self.place.url
-
-    def read(self, name: str) -> bytes:
-        """A whole file."""
-        raw = self.place.get(name)
-        if raw is None:
-            raise SampleError("expected a file that can be read, got none there any more; mend the file")
-        return raw
-
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Bytes [start, stop) of a file, each just as many as that."""
-        return self.place.get_ranges(name, ranges)
-
-
-def files_in(folder: Path | str) -> Files:
-    """What reads the files of a folder, or of a URL."""
-    return LocalFiles(folder) if isinstance(folder, Path) else RemoteFiles(open_place(folder))
 
 
 def list_files(path: str | Path, kind: str) -> list[FileEntry]:

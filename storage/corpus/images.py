@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401 - importing registers them
 
-from storage.corpus.files import IMAGE_SUFFIXES, SPLITS, Files, choose_files, files_in, find_files, walk_files
+from storage.corpus.access import Files, files_in
+from storage.corpus.files import IMAGE_SUFFIXES, SPLITS, choose_files, find_files, walk_files
 from storage.corpus.labels import NO_LABELS, one_line, read_labels
 from storage.corpus.part import CorpusPart, part_of
 from storage.corpus.patterns import is_pattern

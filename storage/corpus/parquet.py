@@ -14,15 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.corpus.files import (
-    PARQUET_SUFFIXES,
-    Files,
-    LocalFiles,
-    check_one_split,
-    choose_files,
-    files_in,
-    find_files,
-)
+from storage.corpus.access import Files, LocalFiles, files_in, in_order
+from storage.corpus.files import PARQUET_SUFFIXES, check_one_split, choose_files, find_files
 from storage.corpus.images import decode_image
 from storage.corpus.labels import NO_LABELS, check_labels, read_labels
 from storage.corpus.matching import Advances
@@ -31,7 +24,6 @@ from storage.corpus.parquet_files import ParquetFile, arrow_errors, group_rows, 
 from storage.corpus.part import CorpusPart, part_of
 from storage.corpus.protocol import Array, SampleError, SampleKind, check_range, check_row
 from storage.corpus.tar_index import shown
-from storage.corpus.webdataset import in_order
 from storage.errors import CorpusError
 
 # Class numbers that are read at once.

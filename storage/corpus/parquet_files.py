@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from storage.corpus.files import Files, LocalFiles
+from storage.corpus.access import Files, LocalFiles, where_is
 from storage.corpus.labels import one_line
 from storage.errors import CorpusError
 
@@ -49,7 +49,7 @@ class ParquetFile:
     @property
     def where(self) -> str:
         """For messages."""
-        return f"corpus file '{self.files.folder}/{self.name}'"
+        return where_is(self.files, self.name)
 
 
 class _Ranges(io.RawIOBase):

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from storage.corpus.files import PARQUET_SUFFIXES, check_one_split, files_in, find_files
+from storage.corpus.access import files_in
+from storage.corpus.files import PARQUET_SUFFIXES, check_one_split, find_files
 from storage.corpus.parquet_columns import find_text
 from storage.corpus.parquet_files import ParquetFile, arrow_errors, group_rows, open_alone
 from storage.corpus.sequences import SequenceOptions, TokenCorpus

@@ -3,135 +3,33 @@
 Legend: F tars, N rows.
 """
 
-import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.corpus.files import TAR_SUFFIXES, Files, LocalFiles, check_one_split, choose_files, files_in, find_files
+from storage.corpus.access import Files, LocalFiles, files_in, in_order, read_merged, where_is
+from storage.corpus.files import TAR_SUFFIXES, check_one_split, choose_files, find_files
 from storage.corpus.images import decode_image
 from storage.corpus.labels import NO_LABELS, read_labels
 from storage.corpus.matching import Advances
 from storage.corpus.npy import decode_npy
 from storage.corpus.part import CorpusPart, part_of
 from storage.corpus.protocol import Array, SampleError, SampleKind, check_range, check_row
-from storage.corpus.tar_index import NO_CLASS, SampleTable, index_tar, shown
-from storage.corpus.tar_members import Window
+from storage.corpus.tar_index import NO_CLASS, SampleTable, shown
+from storage.corpus.tar_tables import TABLE_BYTES, HeldTables, ReadTables, Tables, TarShards, read_table
 from storage.errors import CorpusError
-
-T = TypeVar("T")
 
 # Bytes of the largest sample that is read: any image that is decoded fits, packed or not.
 MAX_SAMPLE_BYTES = 512 << 20
 
-# Memory for the tables of members; those that were not used for the longest are read again where they are needed.
-TABLE_BYTES = 256 << 20
-
-# Samples that lie no further apart than that are read at once, up to so many bytes.
-_MERGE_BYTES, _MAX_READ_BYTES = 16 << 10, 8 << 20
-
-# Bytes that are read for headers at once: where members are small, and behind a member that is jumped over.
-_NEAR_ON_DISK, _FAR_ON_DISK = 64 << 10, 1 << 10
-_NEAR_BY_URL, _FAR_BY_URL = 256 << 10, 8 << 10
-
-_THREADS_ON_DISK, _THREADS_BY_URL, _JOBS_AHEAD = 2, 16, 64
-
-
-@dataclass(frozen=True, eq=False)
-class TarShards:
-    """The tars of a corpus.
-
-    Attributes:
-        names: below the folder.
-        sizes: bytes of each, int64 (F,).
-        ends: rows up to the end of each, int64 (F,).
-        digests: sha256 of the table of each.
-    """
-
-    names: tuple[str, ...]
-    sizes: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    digests: tuple[bytes, ...]
-
-
-class Tables(Protocol):
-    """The table of each tar."""
-
-    def table(self, index: int) -> SampleTable:
-        """The samples of a tar.
-
-        Raises:
-            CorpusError: it can't be read any more, or is another one now.
-        """
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class HeldTables:
-    """Tables that are all there."""
-
-    tables: tuple[SampleTable, ...]
-
-    def table(self, index: int) -> SampleTable:
-        """The samples of a tar."""
-        return self.tables[index]
-
-
-class ReadTables:
-    """Tables that are read where they are needed, and kept while there is room; threads may share it."""
-
-    def __init__(self, files: Files, shards: TarShards, most_bytes: int = TABLE_BYTES) -> None:
-        self._files, self._shards, self._most_bytes = files, shards, most_bytes
-        self._lock, self._reading = threading.Lock(), threading.Lock()
-        self._kept: OrderedDict[int, SampleTable] = OrderedDict()
-        self._num_bytes = 0
-
-    def __reduce__(self) -> tuple[Callable[..., "ReadTables"], tuple[Any, ...]]:
-        return ReadTables, (self._files, self._shards, self._most_bytes)
-
-    def table(self, index: int) -> SampleTable:
-        """The samples of a tar."""
-        found = self._find(index)
-        if found is not None:
-            return found
-        with self._reading:  # one thread reads what several ask for
-            found = self._find(index)
-            if found is None:
-                found = self._read(index)
-                self.keep(index, found)
-            return found
-
-    def keep(self, index: int, table: SampleTable) -> None:
-        """Keep a table that was read, and forget others where there is no more room."""
-        with self._lock:
-            self._kept[index] = table
-            self._num_bytes += table.num_bytes
-            while self._num_bytes > self._most_bytes and len(self._kept) > 1:
-                self._num_bytes -= self._kept.popitem(last=False)[1].num_bytes
-
-    def _find(self, index: int) -> SampleTable | None:
-        with self._lock:
-            if index in self._kept:
-                self._kept.move_to_end(index)
-            return self._kept.get(index)
-
-    def _read(self, index: int) -> SampleTable:
-        shards = self._shards
-        table = read_table(self._files, shards.names[index], int(shards.sizes[index]), wants_classes=False)
-        if table.digest() != shards.digests[index]:
-            raise CorpusError(
-                f"{_where(self._files, shards.names[index])}: expected the members that it had when it was opened, got "
-                "others; leave a corpus as it is while it is read, and run the same command again"
-            )
-        return table
+_THREADS_ON_DISK, _THREADS_BY_URL = 2, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,37 +124,6 @@ class WebDatasetCorpus:
         return part_of(self, start, stop, inner, start)
 
 
-def read_merged(files: Files, name: str, places: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Bytes [start, stop) of a file for each place; places that lie close together are read at once."""
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(places):
-        if merged and start - merged[-1][1] <= _MERGE_BYTES and stop - merged[-1][0] <= _MAX_READ_BYTES:
-            merged[-1] = merged[-1][0], max(stop, merged[-1][1])
-        else:
-            merged.append((start, stop))
-    pieces, firsts = files.read_ranges(name, merged), [start for start, _ in merged]
-    found = []
-    for start, stop in places:
-        at = int(np.searchsorted(firsts, start, "right")) - 1
-        found.append(pieces[at][start - firsts[at] : stop - firsts[at]])
-    return found
-
-
-def read_table(files: Files, name: str, size: int, wants_classes: bool) -> SampleTable:
-    """The samples of a tar.
-
-    Raises:
-        CorpusError: it is no plain tar, is damaged or cut off, or its members do not make samples.
-    """
-    is_local = isinstance(files, LocalFiles)
-    near, far = (_NEAR_ON_DISK, _FAR_ON_DISK) if is_local else (_NEAR_BY_URL, _FAR_BY_URL)
-
-    def read(start: int, stop: int) -> bytes:
-        return files.read_ranges(name, [(start, stop)])[0]
-
-    return index_tar(Window(read, size, near, far), _where(files, name), wants_classes)
-
-
 def open_webdataset(
     path: Path | str,
     labels: str | Path | None = None,
@@ -291,7 +158,7 @@ def open_webdataset(
     sizes = np.array([entry.num_bytes for entry in found.entries], np.int64)
     with ThreadPoolExecutor(_THREADS_ON_DISK if isinstance(access, LocalFiles) else _THREADS_BY_URL, "tars") as pool:
         for name, table in zip(names, in_order(pool, jobs), strict=True):
-            index.add(table, _where(access, name))
+            index.add(table, where_is(access, name))
             if progress is not None:
                 progress.advance(1)
     shards = TarShards(names, sizes, np.cumsum(index.counts, dtype=np.int64), tuple(index.digests))
@@ -317,21 +184,6 @@ def open_webdataset(
         tables,
         access,
     )
-
-
-def in_order(pool: Executor, jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What jobs give, in their order, with a few of them ahead; on an error those that have not begun are dropped."""
-    ahead: deque[Future[T]] = deque()
-    try:
-        for job in jobs:
-            ahead.append(pool.submit(job))
-            if len(ahead) > _JOBS_AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        for future in ahead:
-            future.cancel()
 
 
 def _fingerprint(shards: TarShards) -> str:
@@ -383,7 +235,3 @@ class _Index:
     def hard_targets(self) -> NDArray[np.int32] | None:
         """Of all rows; None where a sample has none."""
         return None if self._classes is None else np.concatenate(self._classes)
-
-
-def _where(files: Files, name: str) -> str:
-    return f"corpus file '{files.folder}/{name}'"

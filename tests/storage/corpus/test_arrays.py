@@ -449,7 +449,7 @@ def test_kinds_that_are_not_read_by_url_say_what_to_do(s3: S3Server) -> None:
             CorpusError, match="expected Parquet files of text, the only sequences that are read by URL"
         ):
             open_corpus(f"{url}/{name}", sequence=SequenceOptions(4))
-    with pytest.raises(CorpusError, match=r"labels 's3://x/y.npy': expected a file on this machine, got a URL; copy it"):
+    with pytest.raises(CorpusError, match=r"labels 's3://x/y.npy': expected a file on this machine, got a URL; copy"):
         read_labels("s3://x/y.npy", 3)
     open_place(url).put("manifest.json", b"{}")
     with pytest.raises(CorpusError, match="expected the samples, got a store of soft targets; give it as --targets"):

@@ -14,7 +14,7 @@ from storage.corpus import (
     sample_digests,
     without_rows,
 )
-from storage.corpus.files import LocalFiles
+from storage.corpus.access import LocalFiles
 from storage.corpus.part import hard_targets_at
 from storage.corpus.patterns import expand_braces, matcher
 from storage.errors import CorpusError, PathError

@@ -16,8 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.corpus import default_preprocess, open_corpus, read_batch, sample_digest, sample_digests
-from storage.corpus import webdataset as kind
+from storage.corpus import (
+    default_preprocess,
+    open_corpus,
+    read_batch,
+    sample_digest,
+    sample_digests,
+    tar_tables,
+    webdataset,
+)
 from storage.corpus.part import hard_targets_at
 from storage.corpus.protocol import SampleError
 from storage.corpus.tar_members import Window, read_members
@@ -324,7 +331,7 @@ def test_damage_is_named_with_file_and_offset_and_what_is_before_it_can_be_kept(
 
 
 def test_a_tar_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kind, "TABLE_BYTES", 0)
+    monkeypatch.setattr(webdataset, "TABLE_BYTES", 0)
     corpus = pickle.loads(pickle.dumps(opened(write_tars(tmp_path))))
     size = (tmp_path / "train-001.tar").stat().st_size
     os.truncate(write_tar(tmp_path / "train-001.tar", image_members(20, 21)), size)
@@ -341,7 +348,7 @@ def test_a_tar_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypa
 def test_tables_that_do_not_fit_are_read_again(tmp_path: Path) -> None:
     corpus = opened(write_tars(tmp_path, [5] * 10))
     table = corpus.tables.table(0)
-    small = kind.ReadTables(corpus.files, corpus.shards, 2 * table.num_bytes)
+    small = tar_tables.ReadTables(corpus.files, corpus.shards, 2 * table.num_bytes)
     for index in (*range(10), *range(10)):
         assert small.table(index).digest() == corpus.shards.digests[index]
     assert small.table(9) is small.table(9)
