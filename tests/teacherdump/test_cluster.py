@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,17 +24,20 @@ from storage.errors import DamageError, PathError, RemoteError, StoreError
 from storage.reader import open_store
 from teacherdump.cluster import absolute, card_of
 from teacherdump.cluster_bisect import Piece
+from teacherdump.cluster_local import cuda_devices
 from teacherdump.cluster_work import Failure, Plan, TeacherSpec, check_worker
 from teacherdump.config import DumpConfig
+from teacherdump.preview import preview
 from teacherdump.run import run
 from teacherdump.source import open_source
+from tests.s3 import S3Server
 
 NUM_ROWS = 96
 KILLER, NAN = 37, 70  # rows that are marked
 
 # What it does with a marked sample depends on the name of a file; the rows are those of a linear model in any case.
 TEACHERS = """
-import os, pathlib, signal, time, torch
+import os, pathlib, time, torch
 
 class Odd(torch.nn.Linear):
     def forward(self, inputs):
@@ -44,13 +47,6 @@ class Odd(torch.nn.Linear):
         limit = time.monotonic() + 60
         while (folder / "waiting").exists() and time.monotonic() < limit:
             time.sleep(0.02)
-        if (folder / "kill_once").exists():
-            try:
-                (folder / "kill_once").unlink()
-            except FileNotFoundError:
-                pass
-            else:
-                os.kill(os.getpid(), signal.SIGKILL)
         if (inputs[:, 0] == 666).any() and (folder / "killing").exists():
             os._exit(1)
         return super().forward(inputs)
@@ -107,8 +103,9 @@ def undisturbed(folder: Path) -> str:
 class Cluster:
     """A scheduler and workers, each a process of its own, started by hand."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.processes = folder, list[subprocess.Popen[bytes]]()
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self.folder, self.environment = folder, environment
+        self.processes: list[subprocess.Popen[bytes]] = []
         self.file = folder / "scheduler.json"
         self._start("dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
         while not self.file.exists():
@@ -117,20 +114,13 @@ class Cluster:
 
     def _start(self, name: str, *options: str, cwd: Path | None = None) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", f"distributed.cli.{name}", "--scheduler-file", str(self.file), *options]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, **self.environment, "OMP_NUM_THREADS": "1"}
         with (self.folder / "cluster.log").open("ab") as log:
             self.processes.append(subprocess.Popen(command, cwd=cwd or self.folder, env=env, stdout=log, stderr=log))
         return self.processes[-1]
 
     def add_worker(self, cwd: Path | None = None) -> "subprocess.Popen[bytes]":
         return self._start("dask_worker", "--no-dashboard", "--nthreads", "2", "--no-nanny", cwd=cwd)
-
-    def num_workers(self) -> int:
-        """Workers that are there."""
-        from distributed import Client
-
-        with Client(self.address, set_as_default=False) as client:
-            return len(client.scheduler_info(n_workers=-1)["workers"])
 
     def wait_for(self, num_workers: int) -> None:
         """Until just so many workers are there."""
@@ -147,9 +137,9 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(folder: Path) -> Iterator[Cluster]:
-    """A cluster of one worker, and more as tests add some."""
-    cluster = Cluster(folder)
+def cluster(folder: Path, s3_server: S3Server) -> Iterator[Cluster]:
+    """A cluster of one worker, which has the credentials of an object store; tests add more workers."""
+    cluster = Cluster(folder, s3_server.environment)
     cluster.add_worker()
     yield cluster
     cluster.close()
@@ -171,7 +161,7 @@ def start_driver(folder: Path, *options: str) -> "subprocess.Popen[str]":
     """The command, in the folder."""
     command = [sys.executable, "-c", "from teacherdump.cli import main; main()", "run", "--model", "teacher.pt"]
     command += ["--arch", "odd_teachers:make", "--data", "corpus.npy", "--labels", "labels.npy", "--device", "cpu"]
-    command += ["--batch-size", "4", "--shard-rows", "8", "--chunk-rows", "4", "--readers", "1", *options]
+    command += ["--batch-size", "4", "--shard-rows", "8", "--chunk-rows", "4", *options]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     # As in the foreground: tests may run in a background job, where SIGINT is ignored.
@@ -205,24 +195,38 @@ def test_one_two_and_four_workers_give_what_one_process_gives(
 def test_workers_may_come_and_go_in_the_middle(cluster: Cluster, config: Config, folder: Path, tmp_path: Path) -> None:
     small = {"shard_rows": 2, "chunk_rows": 2, "batch_size": 1}
     expected = run(config(out=str(tmp_path / "whole.zarr"), **small)).content_digest
-    before, lines = cluster.num_workers(), list[str]()
+    lines = list[str]()
     with ThreadPoolExecutor(1) as pool:
         driver = pool.submit(run, config(scheduler=cluster.address, **small), lines.append)
         try:
             wait_until(lambda: any((tmp_path / "out.zarr" / "seals").glob("*.json")) or driver.done())
             (folder / "waiting").touch()
             (folder / "processes").unlink()
-            killed, ended = cluster.add_worker(), cluster.add_worker()
-            wait_until(lambda: {killed.pid, ended.pid} <= processes_that_scored(folder) or driver.done())
+            killed, ended = cluster.processes[-2:]
+            joined = cluster.add_worker()
+            wait_until(lambda: {joined.pid, killed.pid} <= processes_that_scored(folder) or driver.done())
             with pytest.raises(PathError, match="another teacherdump run is writing this store"):
                 run(config(**small))
             killed.kill()
             ended.terminate()
-            cluster.wait_for(before)
+            cluster.wait_for(3)
         finally:
             (folder / "waiting").unlink()
         assert driver.result().content_digest == expected
     assert any("worker tcp://127.0.0.1" in line and "died; it had shard" in line for line in lines), lines
+
+
+@pytest.mark.slow
+def test_two_drivers_of_one_remote_store_both_end_with_the_one_correct_store(
+    cluster: Cluster, s3: S3Server, config: Config, undisturbed: str
+) -> None:
+    out = s3.url("out.zarr")
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run, config(out=out, scheduler=cluster.address)) for _ in range(2)]
+        assert {driver.result().content_digest for driver in runs} == {undisturbed}
+    with open_store(out) as store:
+        for shard in store.sealed_shards():
+            store.check_shard(shard)
 
 
 @pytest.mark.slow
@@ -301,12 +305,11 @@ def test_a_scheduler_that_is_not_there_is_said_in_one_line(config: Config, monke
 
 
 @pytest.mark.slow
-def test_a_sample_that_kills_its_workers_is_quarantined_and_a_killed_worker_loses_nothing(
+def test_a_sample_that_kills_its_workers_is_quarantined_and_all_others_are_as_without_it(
     config: Config, folder: Path, tmp_path: Path
 ) -> None:
-    small = {"shard_rows": 4, "chunk_rows": 2, "batch_size": 2}
+    small = {"shard_rows": 2, "chunk_rows": 2, "batch_size": 2}
     (folder / "killing").touch()
-    (folder / "kill_once").touch()
     lines: list[str] = []
     try:
         result = run(config(workers=2, out=str(tmp_path / "two.zarr"), **small), say=lines.append)
@@ -314,7 +317,6 @@ def test_a_sample_that_kills_its_workers_is_quarantined_and_a_killed_worker_lose
         (folder / "killing").unlink()
     assert result.content_digest is not None
     assert result.num_refused == 2
-    assert not (folder / "kill_once").exists()
     assert any(f"row {KILLER}: the worker that ran this sample died" in line for line in lines), lines
     whole = str(tmp_path / "whole.zarr")
     run(config(out=whole, **small))
@@ -391,6 +393,30 @@ def test_tasks_are_small_and_carry_no_credentials(config: Config, monkeypatch: p
     task = pickle.dumps((plan, Piece(3, 24, 32), source.corpus.part(24, 32)))
     assert b"SecretThatIsNowhere" not in task + pickle.dumps(card_of(source, spec))
     assert len(task) < 4096
+
+
+def test_more_workers_than_devices_and_devices_that_are_not_there_are_refused(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teacherdump.cluster_local.cuda_devices", lambda _: ["0", "3"])
+    with pytest.raises(ValueError, match="workers: expected at most 2, one for each CUDA device, got 3; give fewer"):
+        run(config(workers=3, device="auto"))
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        os.chdir(Path(config().out).parent)
+        with pytest.raises(ValueError, match="device: expected CUDA devices of this machine, got none"):
+            cuda_devices(config(workers=1, device="cuda"))
+
+
+def test_a_plan_reckons_with_the_workers_of_this_machine_only(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teacherdump.preview.TIMED_S", 0.01)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
+    one, two = preview(config()), preview(config(workers=2))
+    assert (one.num_workers, two.num_workers) == (1, 2)
+    assert two.summary().endswith(" with 2 workers")
+    assert "workers" not in one.summary()
+    with pytest.raises(ValueError, match="scheduler: expected none with plan, which times the teacher on this machine"):
+        preview(config(scheduler="tcp://a:1"))
 
 
 @pytest.mark.parametrize(
