@@ -1,4 +1,4 @@
-"""What the driver makes of workers that die, leave, can't be used, or find the disk full: over a team that is told of."""
+"""What the driver makes of workers that die, leave, or find the disk full: over a team that is only told of."""
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ class ToldTeam(Team):
         self.answer, self.given = answer, list[tuple[str, Any]]()
 
     def submit(self, call: Any, *args: Any, address: str) -> tuple[str, Any]:
+        del call
         piece = args[1] if len(args) > 1 else None
         key = str(len(self.given))
         self.given.append((address, piece))
