@@ -35,13 +35,19 @@ from tests.builders import write_image_folder
 from tests.series import write_image_member
 from tests.studenttrain.runs import assert_same_weights, final_state, metric_lines, write_targets
 
-pytestmark = pytest.mark.usefixtures("no_report")
+pytestmark = pytest.mark.usefixtures("no_report", "no_export")
 
 NUM_IMAGES = 56
 
 
 class Killed(BaseException):
     """What ends a run at once, as a kill does: nothing is saved."""
+
+
+@pytest.fixture
+def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the time that an export takes: weights are compared in checkpoints."""
+    monkeypatch.setattr("studenttrain.ending.export_student", lambda *_: "not in a test")
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +372,8 @@ def test_hard_targets_of_later_members_are_learned_from(tmp_path: Path, monkeypa
         fit(run, quiet=True)
     assert [epoch.num_rows for epoch in read_epochs(Path(run.out) / EPOCHS)] == [10, 20]
     result = CliRunner().invoke(
-        main, ["eval", "--checkpoint", run.out, "--data", str(data), "--targets", str(folder), "--json"]
+        main,
+        ["eval", "--checkpoint", f"{run.out}/checkpoint.pt", "--data", str(data), "--targets", str(folder), "--json"],
     )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["num_samples"] == 20
