@@ -72,16 +72,19 @@ def test_a_shard_that_was_in_flight_beside_a_killer_is_only_suspicious() -> None
 
 def test_a_shard_that_kills_though_no_row_does_ends_the_run() -> None:
     suspects = Suspects()
-    piece: Piece | None = Piece(3, 0, 8)
-    with pytest.raises(
-        TeacherError, match="shard 3: expected workers that live through rows 0 to 7, got 6 that died, though no sample"
-    ):
+
+    def go_on(piece: Piece | None) -> None:
         while piece is not None:
             if piece.is_whole:
                 suspects.died([piece])
             else:
                 suspects.done(piece)
             piece = suspects.next_piece()
+
+    with pytest.raises(
+        TeacherError, match="shard 3: expected workers that live through rows 0 to 7, got 6 that died, though no sample"
+    ):
+        go_on(Piece(3, 0, 8))
 
 
 def test_a_piece_that_was_not_done_comes_first() -> None:
