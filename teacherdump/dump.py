@@ -47,6 +47,7 @@ from teacherdump.teacher import Said, Teacher
 
 READ_AHEAD_BATCHES = 4
 READ_AHEAD_BYTES = 256 << 20
+BLOCK_ROWS = {"cpu": 16}  # rows that a batch is filled up to a multiple of; none elsewhere
 ON_THE_WAY = {"cuda": 2}  # batches whose results are copied while the next is in work; none elsewhere
 NOTHING: Mapping[int, str] = MappingProxyType({})
 NO_TURN: AbstractContextManager[object] = contextlib.nullcontext()
@@ -84,12 +85,26 @@ class Job:
         inputs = read.inputs.to(self.teacher.device, non_blocking=True)
         keeps_hidden = self.manifest.encoding.name == "hidden"
         if self.manifest.sequences is None:
-            return self.teacher.speak(inputs, keeps_hidden)
+            return speak_in_whole_blocks(self.teacher, inputs, keeps_hidden)
         run = read.batch.inputs
         if read.left_out:  # zeros that stand in for a sample are no document
             run = np.delete(run, read.left_out, axis=0)
         is_one_document = bool((run[:, 1, 1:-1] != 0).all())
         return self.teacher.speak_tokens(inputs, self.manifest.num_classes, keeps_hidden, is_one_document)
+
+
+def speak_in_whole_blocks(teacher: Teacher, inputs: Tensor, keeps_hidden: bool) -> Iterator[Said]:
+    """What a teacher says of samples (N, ...); a batch of an odd size is filled up with zeros, and these are cut off.
+
+    On a CPU a matrix product of few odd rows gives other last bits with another number of threads; of whole blocks of
+    rows it does not. So a worker with its share of the cores says what a run with all of them says.
+    """
+    num_rows = len(inputs)
+    num_filled = -num_rows % BLOCK_ROWS.get(teacher.device.type, 1)
+    if num_filled and num_rows + num_filled <= (teacher.max_batch or num_rows + num_filled):
+        inputs = torch.cat([inputs, inputs.new_zeros(num_filled, *inputs.shape[1:])])
+    for said in teacher.speak(inputs, keeps_hidden):
+        yield Said(said.logits_RC[:num_rows], None if said.hidden_RW is None else said.hidden_RW[:num_rows])
 
 
 @dataclass(frozen=True, eq=False)

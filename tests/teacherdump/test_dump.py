@@ -181,6 +181,30 @@ def test_rows_that_are_left_out_change_no_other_row(config: Build, tmp_path: Pat
         np.testing.assert_array_equal(left[name][kept], whole[name][kept], err_msg=name)
 
 
+@pytest.mark.parametrize("batch_size", [7, 50])
+def test_the_number_of_threads_changes_no_bit(config: Build, tmp_path: Path, batch_size: int) -> None:
+    torch.manual_seed(0)
+    torch.save(build_model("mlp:64-32-10").state_dict(), tmp_path / "wide.pt")
+    np.save(tmp_path / "wide.npy", np.random.default_rng(0).normal(size=(150, 64)).astype(np.float32))
+    options: dict[str, Any] = {"models": (str(tmp_path / "wide.pt"),), "arch": "mlp:64-32-10"}
+    options |= {
+        "data": str(tmp_path / "wide.npy"),
+        "values": "float32",
+        "batch_size": batch_size,
+        "shard_rows": 75,
+        "chunk_rows": 15,
+        "labels": None,
+    }
+    before, digests = torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            digests.add(run(config(**options, out=str(tmp_path / f"{threads}.zarr"))).content_digest)
+    finally:
+        torch.set_num_threads(before)
+    assert len(digests) == 1
+
+
 # Refused rows
 
 
