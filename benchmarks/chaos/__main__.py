@@ -7,6 +7,7 @@ whoever runs them. In the end each store must be the one that an undisturbed run
 
 import argparse
 import json
+import math
 import random
 import shutil
 import sys
@@ -24,6 +25,7 @@ from benchmarks.result import write_result
 SECONDS = 360.0
 FAULTS = 220
 PATIENCE_S = 120.0
+LEAST_S = 15.0  # that a round is disturbed, however late it is
 
 
 def chaos(
@@ -62,10 +64,12 @@ def chaos(
             number, done = len(outcomes), sum(outcome.tally.num_faults for outcome in outcomes)
             if number >= len(rounds) and (done >= num_faults or time.monotonic() > ends_at):
                 return outcomes
-            left = max(1, len(rounds) - number)
-            share_s = max(0.0, (ends_at - time.monotonic()) / left)
-            play = Play(world, rounds[number % len(rounds)], number, random.Random(f"{seed}/{number}"))
-            outcome = play.run(max(1, -(-(num_faults - done) // left)), time.monotonic() + share_s, patience_s, every_s)
+            left = rounds[number:] or rounds[number % len(rounds) :][:1]  # later ones make good what was missed
+            share = left[0].share / sum(one.share for one in left)
+            share_s = max(LEAST_S, (ends_at - time.monotonic()) / len(left))
+            play = Play(world, left[0], number, random.Random(f"{seed}/{number}"))
+            quota = max(1, math.ceil((num_faults - done) * share))
+            outcome = play.run(quota, time.monotonic() + share_s, patience_s, every_s)
             outcomes.append(outcome)
             _say(outcome)
             if outcome.problems:

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.chaos.__main__ import chaos, figures
 from benchmarks.chaos.check import problems
 from benchmarks.chaos.corpus import Samples, make_samples, write_folder, write_tars
 from benchmarks.chaos.faults import AT_THE_PROXY, Tally, proxy_fault
 from benchmarks.chaos.processes import Spoken
 from benchmarks.chaos.reference import Reference, environment_of, make_reference, read_all
+from benchmarks.chaos.rounds import Round
 from benchmarks.chaos.teacher import ARCH, Fragile
 from storage.console import progress
 from storage.writer import StoreWriter
@@ -239,3 +241,26 @@ def test_a_fault_that_hit_nothing_is_none() -> None:
     tally.heard(second, 0)
     tally.add("worker-killed", 0)
     assert (tally.num_faults, tally.num_armed, tally.missed.total(), tally.requests["slow"]) == (1, 0, 2, 3)
+
+
+@pytest.mark.slow
+def test_whatever_dies_on_the_way_the_store_is_that_of_an_undisturbed_run(tmp_path: Path) -> None:
+    """A short round of `make chaos`: two workers, an S3 server behind the proxy, and a sample that kills its worker."""
+    (outcome,) = chaos(
+        tmp_path,
+        [Round("workers", num_workers=2)],
+        num_faults=12,
+        seconds=12,
+        num_samples=96,
+        seed=20,
+        pause_s=0.02,
+        every_s=0.5,
+        patience_s=240,
+    )
+    assert outcome.problems == []
+    assert outcome.tally.num_faults >= 3
+    assert outcome.num_quarantined == 5
+    assert outcome.num_deaths >= 6  # of the deadly sample, until it is found
+    text = json.dumps(figures([outcome], 96, 20, 1.0))
+    assert "AWS" not in text
+    assert "chaos-secret" not in (tmp_path / "round-0-workers" / "driver-0.log").read_text()
