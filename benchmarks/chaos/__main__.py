@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.rounds import ROUNDS, Outcome, Play, Round
-from benchmarks.chaos.world import make_world
+from benchmarks.chaos.world import SHARD_ROWS, make_world
 from benchmarks.result import write_result
 
-SECONDS = 360.0
+SECONDS = 330.0
 FAULTS = 220
 PATIENCE_S = 120.0
 LEAST_S = 15.0  # that a round is disturbed, however late it is
@@ -40,6 +40,7 @@ def chaos(
     every_s: float,
     patience_s: float = PATIENCE_S,
     may_mount: bool = True,
+    shard_rows: int = SHARD_ROWS,
 ) -> list[Outcome]:
     """Play rounds, one after the other and over again, until enough went wrong; stops where something does not hold.
 
@@ -54,11 +55,12 @@ def chaos(
         every_s: seconds between two faults, on average.
         patience_s: seconds that a round may take after the last fault.
         may_mount: whether a small disk may be mounted.
+        shard_rows: rows of a shard.
     """
     generator = random.Random(seed)
     outcomes: list[Outcome] = []
     datas = {one.data for one in rounds}
-    with make_world(folder, datas, num_samples, generator, pause_s, may_mount) as world:
+    with make_world(folder, datas, num_samples, generator, pause_s, may_mount, shard_rows) as world:
         ends_at = time.monotonic() + seconds
         while True:
             number, done = len(outcomes), sum(outcome.tally.num_faults for outcome in outcomes)
@@ -134,7 +136,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=None, help="of everything; by default another each time")
     parser.add_argument("--pause", type=float, default=0.3, help="seconds that the teacher takes for a batch")
-    parser.add_argument("--every", type=float, default=1.2, help="seconds between two faults, on average")
+    parser.add_argument("--every", type=float, default=0.7, help="seconds between two faults, on average")
     parser.add_argument("--patience", type=float, default=PATIENCE_S, help="seconds a round may take after its faults")
     names = [one.name for one in ROUNDS]
     parser.add_argument("--rounds", choices=names, nargs="+", default=names)

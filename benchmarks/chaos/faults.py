@@ -14,12 +14,12 @@ AT_THE_PROXY: Mapping[str, float] = {
     "cut-answer": 8,
     "cut-request": 8,
     "lost-answer": 8,
-    "slow": 4,
-    "full": 3,
-    "refuse": 3,
-    "stop": 3,
+    "slow": 3,
+    "full": 2,
+    "refuse": 2,
+    "stop": 2,
 }
-KILLS: Mapping[str, float] = {"worker-killed": 8, "driver-killed": 2}
+KILLS: Mapping[str, float] = {"worker-killed": 6, "driver-killed": 1.5}
 LONGEST_S: Mapping[str, float] = {"slow": 4.0, "full": 4.0, "refuse": 3.0, "stop": 4.0}
 MOST_REQUESTS = 4
 

@@ -20,6 +20,8 @@ import psutil
 ROOT = Path(__file__).parents[2]
 START_S = 60.0
 PROGRAM = "from teacherdump.cli import main; main()"
+START = "--- start"  # what a log has before each start's output
+AT_WORK = re.compile("^(workers|dashboard): http", re.MULTILINE)  # what a driver says once its cluster is there
 WORKER = re.compile(r"multiprocessing\.spawn")  # what a worker of a local cluster is started with
 
 
@@ -116,7 +118,7 @@ class Driver:
 
     def _copy(self, output: Any) -> None:
         with output, self.log.open("ab") as log:
-            log.write(f"--- start {self.num_starts}\n".encode())
+            log.write(f"{START} {self.num_starts}\n".encode())
             for line in output:
                 log.write(line)
                 log.flush()
@@ -125,6 +127,11 @@ class Driver:
         """The exit code; None while it runs."""
         assert self._process is not None
         return self._process.poll()
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether it has workers, since it was started last."""
+        return AT_WORK.search(self.said().rpartition(START)[2]) is not None
 
     def processes(self) -> list[psutil.Process]:
         """Itself and all below it, as of now."""

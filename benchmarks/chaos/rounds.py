@@ -23,7 +23,8 @@ from storage.remote import open_place
 
 STEP_S = 0.05
 ORPHANS_S = 20.0
-MOST_ARMED = 3  # faults at the proxy that may wait for a victim or be under way at once
+STARTING_SHARE = 0.2  # of the drivers that are chosen while they start: most kills shall hit one that is at work
+MOST_ARMED = 5  # faults at the proxy that may wait for a victim or be under way at once
 FULL_S = (1.0, 4.0)
 FULL_WORDS = "is full: what is written next"  # what a run says when it waits for a disk
 NO_ROOM = "expected room"  # what it says when it ends for want of it
@@ -172,7 +173,8 @@ class Play:
         kind = self.generator.choices(list(weights), list(weights.values()))[0]
         driver, tally = self.generator.choice(running), self.outcome.tally
         if kind == "driver-killed":
-            tally.add(kind, driver.kill())
+            if driver.is_at_work or self.generator.random() < STARTING_SHARE:
+                tally.add(kind, driver.kill())
         elif kind == "worker-killed":
             tally.add(kind, self._kill_worker(driver))
         elif kind in ("worker-left", "worker-joined"):

@@ -39,6 +39,7 @@ class World:
         references: what an undisturbed run gives, by the data.
         pause_s: seconds that the teacher takes longer for each batch.
         may_mount: whether a small disk may be mounted.
+        shard_rows: rows of a shard.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class World:
     references: Mapping[Data, Reference]
     pause_s: float
     may_mount: bool
+    shard_rows: int
 
     def data(self, data: Data) -> str:
         """Path or URL of a form of the corpus."""
@@ -55,7 +57,7 @@ class World:
     def options(self) -> list[str]:
         """Options of `teacherdump run` that are the same for all."""
         options = ["--model", str(self.folder / "teacher.pt"), "--arch", ARCH, "--device", "cpu", "--encoding", "dense"]
-        return [*options, "--batch-size", str(BATCH_SIZE), "--shard-rows", str(SHARD_ROWS)]
+        return [*options, "--batch-size", str(BATCH_SIZE), "--shard-rows", str(self.shard_rows)]
 
 
 @contextlib.contextmanager
@@ -65,7 +67,8 @@ def make_world(
     num_samples: int,
     generator: random.Random,
     pause_s: float,
-    may_mount: bool = True,
+    may_mount: bool,
+    shard_rows: int,
 ) -> Iterator[World]:
     """Make everything in an empty folder; in the meantime this process reaches the server without the proxy.
 
@@ -76,6 +79,7 @@ def make_world(
         generator: of the corpus and the teacher.
         pause_s: seconds that the teacher takes longer for each batch.
         may_mount: whether a small disk may be mounted.
+        shard_rows: rows of a shard.
     """
     logs = folder / "logs"
     logs.mkdir()
@@ -107,7 +111,7 @@ def make_world(
                 encoding="dense",
                 device="cpu",
                 batch_size=BATCH_SIZE,
-                shard_rows=SHARD_ROWS,
+                shard_rows=shard_rows,
             )
             references["folder" if data == "folder" else "tars"] = make_reference(
                 config, samples.kinds, folder / f"reference-{data}"
@@ -117,7 +121,7 @@ def make_world(
             for path in sorted((folder / "tars").iterdir()):
                 place.put(path.name, path.read_bytes())
             references["remote-tars"] = references["tars"]  # where the files lie is nothing that a store says
-        yield World(folder, server, proxy, references, pause_s, may_mount)
+        yield World(folder, server, proxy, references, pause_s, may_mount, shard_rows)
 
 
 def _let_go(pid: int) -> None:
