@@ -10,6 +10,7 @@ import json
 import math
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -18,13 +19,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.rounds import ROUNDS, Outcome, Play, Round
+from benchmarks.chaos.rounds import ROUNDS, Outcome, Pace, Play, Round
 from benchmarks.chaos.world import SHARD_ROWS, make_world
 from benchmarks.result import write_result
 
 SECONDS = 330.0
 FAULTS = 220
-PATIENCE_S = 120.0
 LEAST_S = 15.0  # that a round is disturbed, however late it is
 
 
@@ -37,8 +37,7 @@ def chaos(
     num_samples: int,
     seed: int,
     pause_s: float,
-    every_s: float,
-    patience_s: float = PATIENCE_S,
+    pace: Pace,
     may_mount: bool = True,
     shard_rows: int = SHARD_ROWS,
 ) -> list[Outcome]:
@@ -52,8 +51,7 @@ def chaos(
         num_samples: of the corpus.
         seed: of the corpus, the teacher and the faults.
         pause_s: seconds that the teacher takes longer for each batch.
-        every_s: seconds between two faults, on average.
-        patience_s: seconds that a round may take after the last fault.
+        pace: how often something goes wrong, and how long a round may take after that.
         may_mount: whether a small disk may be mounted.
         shard_rows: rows of a shard.
     """
@@ -71,7 +69,7 @@ def chaos(
             share_s = max(LEAST_S, (ends_at - time.monotonic()) / len(left))
             play = Play(world, left[0], number, random.Random(f"{seed}/{number}"))
             quota = max(1, math.ceil((num_faults - done) * share))
-            outcome = play.run(quota, time.monotonic() + share_s, patience_s, every_s)
+            outcome = play.run(quota, time.monotonic() + share_s, pace)
             outcomes.append(outcome)
             _say(outcome)
             if outcome.problems:
@@ -136,11 +134,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=None, help="of everything; by default another each time")
     parser.add_argument("--pause", type=float, default=0.3, help="seconds that the teacher takes for a batch")
-    parser.add_argument("--every", type=float, default=0.7, help="seconds between two faults, on average")
-    parser.add_argument("--patience", type=float, default=PATIENCE_S, help="seconds a round may take after its faults")
+    parser.add_argument("--every", type=float, default=Pace.request_s, help="seconds between two broken requests")
+    parser.add_argument("--kill-every", type=float, default=Pace.process_s, help="seconds between two kills")
+    parser.add_argument(
+        "--patience", type=float, default=Pace.patience_s, help="seconds a round may take after its faults"
+    )
     names = [one.name for one in ROUNDS]
     parser.add_argument("--rounds", choices=names, nargs="+", default=names)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
     seed = random.SystemRandom().randrange(1 << 32) if args.seed is None else args.seed
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     print(f"seed {seed}, in {folder}", flush=True)
@@ -153,8 +155,7 @@ def main() -> None:
         num_samples=args.samples,
         seed=seed,
         pause_s=args.pause,
-        every_s=args.every,
-        patience_s=args.patience,
+        pace=Pace(args.every, args.kill_every, args.patience),
     )
     found = figures(outcomes, args.samples, seed, time.perf_counter() - begun)
     enough = found["num_faults"] >= args.faults

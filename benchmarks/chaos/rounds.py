@@ -52,12 +52,29 @@ class Round:
     is_local: bool = False
     share: float = 1.0
 
-    def weights(self) -> Mapping[str, float]:
-        """Relative frequency of each kind of fault."""
+    def kinds(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
+        """Relative frequency of each kind of fault: of those of the proxy, and of those of processes and disks."""
         kinds = dict(KILLS) if self.num_workers else {"driver-killed": KILLS["driver-killed"]}
         if self.by_hand:
             kinds |= {"worker-left": 2, "worker-joined": 2}
-        return kinds | ({"disk-full": 5.0} if self.is_local else dict(AT_THE_PROXY))
+        if self.is_local:
+            return {}, kinds | {"disk-full": 6.0}
+        return AT_THE_PROXY, kinds
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often something goes wrong.
+
+    Attributes:
+        request_s: seconds between two faults at the proxy, on average.
+        process_s: seconds between two kills, or what else happens to processes and disks, on average.
+        patience_s: seconds that a round may take after its last fault.
+    """
+
+    request_s: float = 0.45
+    process_s: float = 7.0
+    patience_s: float = 120.0
 
 
 ROUNDS = (
@@ -98,6 +115,15 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
 
 
+@dataclass
+class _Clock:
+    """When the next fault of some kinds is due."""
+
+    every_s: float
+    kinds: Mapping[str, float]
+    next_at: float
+
+
 class Play:
     """A round under way."""
 
@@ -113,14 +139,13 @@ class Play:
         self.full_until: float | None = None
         self.num_full_words = 0
 
-    def run(self, num_faults: int, ends_at: float, patience_s: float, every_s: float) -> Outcome:
+    def run(self, num_faults: int, ends_at: float, pace: Pace) -> Outcome:
         """Dump, disturbed by faults until there are enough or it is time; then in peace until the end; then compare.
 
         Args:
             num_faults: that must hit something, in this round.
             ends_at: monotonic seconds at which nothing more goes wrong.
-            patience_s: seconds that the rest may take after that.
-            every_s: seconds between two faults, on average.
+            pace: how often that is, and how long the rest may take.
         """
         begun = time.monotonic()
         with contextlib.ExitStack() as stack:
@@ -135,7 +160,7 @@ class Play:
                 stack.callback(driver.close)
                 self.drivers.append(driver)
                 driver.start()
-            self._disturb(num_faults, ends_at, patience_s, every_s)
+            self._disturb(num_faults, ends_at, pace)
             self.outcome.seconds = time.monotonic() - begun
             self._close()
             if not self.outcome.problems:
@@ -149,29 +174,31 @@ class Play:
         each = self.what.num_workers // self.what.num_drivers
         return [*command, "--workers", str(each)] if each else command
 
-    def _disturb(self, num_faults: int, ends_at: float, patience_s: float, every_s: float) -> None:
+    def _disturb(self, num_faults: int, ends_at: float, pace: Pace) -> None:
         """The loop: look after the drivers, and break something now and then."""
         tally, running = self.outcome.tally, list(self.drivers)
-        next_at = time.monotonic() + self.generator.uniform(0, every_s)
+        clocks = [
+            _Clock(every_s, kinds, time.monotonic() + self.generator.uniform(0, every_s))
+            for every_s, kinds in zip((pace.request_s, pace.process_s), self.what.kinds(), strict=True)
+            if kinds
+        ]
         while running and not self.outcome.problems:
             time.sleep(STEP_S)
             now = time.monotonic()
             self._hear()
             self._look_after_the_disk(now)
             running = [driver for driver in running if not self._is_done(driver)]
-            if now > ends_at + patience_s:
+            if now > ends_at + pace.patience_s:
                 self.outcome.problems.append(
-                    f"{self.what.name}: expected the end within {patience_s:.0f} s after the last fault, got none"
+                    f"{self.what.name}: expected the end within {pace.patience_s:.0f} s after the last fault, got none"
                 )
-            if now < next_at or now > ends_at or tally.num_faults + tally.num_armed >= num_faults or not running:
-                continue
-            next_at = now + self.generator.uniform(0, 2 * every_s)
-            self._break_something(running)
+            for clock in clocks if now < ends_at and running else ():
+                if now > clock.next_at and tally.num_faults + tally.num_armed < num_faults:
+                    clock.next_at = now + self.generator.uniform(0, 2 * clock.every_s)
+                    self._break_something(clock.kinds, self.generator.choice(running))
 
-    def _break_something(self, running: list[Driver]) -> None:
-        weights = self.what.weights()
-        kind = self.generator.choices(list(weights), list(weights.values()))[0]
-        driver, tally = self.generator.choice(running), self.outcome.tally
+    def _break_something(self, kinds: Mapping[str, float], driver: Driver) -> None:
+        kind, tally = self.generator.choices(list(kinds), list(kinds.values()))[0], self.outcome.tally
         if kind == "driver-killed":
             if driver.is_at_work or self.generator.random() < STARTING_SHARE:
                 tally.add(kind, driver.kill())

@@ -20,7 +20,7 @@ from benchmarks.chaos.corpus import Samples, make_samples, write_folder, write_t
 from benchmarks.chaos.faults import AT_THE_PROXY, Tally, proxy_fault
 from benchmarks.chaos.processes import Spoken
 from benchmarks.chaos.reference import Reference, environment_of, make_reference, read_all
-from benchmarks.chaos.rounds import Round
+from benchmarks.chaos.rounds import Pace, Round
 from benchmarks.chaos.teacher import ARCH, Fragile
 from storage.console import progress
 from storage.writer import StoreWriter
@@ -254,8 +254,7 @@ def test_whatever_dies_on_the_way_the_store_is_that_of_an_undisturbed_run(tmp_pa
         num_samples=48,
         seed=20,
         pause_s=0.02,
-        every_s=0.5,
-        patience_s=240,
+        pace=Pace(request_s=0.3, process_s=6, patience_s=240),
         shard_rows=4,
     )
     assert outcome.problems == []
