@@ -87,7 +87,7 @@ def snippets() -> Any:
     """The functions that the page shows, as they stand there."""
     names: dict[str, Any] = {"json": json, "hashlib": hashlib, "np": np}
     blocks = FORMAT.read_text().split("```python\n")[1:]
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(block.split("```")[0], names)
     return names
