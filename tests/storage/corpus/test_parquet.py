@@ -420,13 +420,15 @@ def test_one_large_value_that_is_repeated_takes_the_memory_of_one(tmp_path: Path
     columns = {"image": bomb, "label": [0] * count, "text": text}
     write(tmp_path / "a.parquet", columns, compression="zstd", store_schema=False, dictionary_pagesize_limit=1 << 30)
     code = f"""
-import resource
+import pathlib, re
 from storage.corpus import open_corpus, SequenceOptions
 from storage.errors import CorpusError
 from storage.corpus import text
 import pyarrow.parquet
 text.MAX_TOKENS = 2**25
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # KiB; ru_maxrss would count the parent's
+    return int(re.search("VmHWM:[ \\t]+([0-9]+)", pathlib.Path("/proc/self/status").read_text())[1])
+before = peak()
 corpus = open_corpus({str(tmp_path / "a.parquet")!r})
 assert all(len(raw) == {len(large)} for raw in corpus.read_raws(__import__("numpy").arange(3)))
 try:
@@ -435,7 +437,7 @@ except CorpusError as error:
     assert "expected at most" in str(error), error
 else:
     raise SystemExit("no limit")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
