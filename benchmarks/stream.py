@@ -109,7 +109,7 @@ def stored_chunks(store: Store) -> list[Array]:
     assert isinstance(backend, ZarrBackend)
     for shard in range(store.layout.num_shards):
         data = np.fromfile(backend.path / "values" / "c" / str(shard) / "0", np.uint8)
-        num_chunks = store.layout.shard_rows // store.layout.chunk_rows
+        num_chunks = store.manifest.shard_rows // store.manifest.chunk_rows
         index = data[-num_chunks * 16 - CRC_BYTES : -CRC_BYTES].view("<u8").reshape(-1, 2)
         offsets = index[: store.layout.num_chunks(shard)].tolist()
         chunks += [data[offset : offset + length - CRC_BYTES] for offset, length in offsets]
@@ -159,14 +159,14 @@ def main() -> None:
                 "stream": lambda: next(stream),
             }
             if args.compressor != "none":
-                chunks, chunk_bytes = stored_chunks(store), store.layout.chunk_rows * args.classes * 2
+                chunks, chunk_bytes = stored_chunks(store), store.manifest.chunk_rows * args.classes * 2
                 runs["decompress"] = lambda: decompress(chunks, chunk_bytes, reader.num_threads)
             for run in runs.values():
                 run()
             seconds = [{name: timed(run) for name, run in runs.items()} for _ in range(args.repeats)]
             report = {"rows": args.rows, "classes": args.classes, "batch_size": args.batch_size}
             report |= {"compressor": args.compressor, "arrays": args.arrays, "cores": len(os.sched_getaffinity(0))}
-            report |= {"threads": reader.num_threads, "chunk_rows": store.layout.chunk_rows}
+            report |= {"threads": reader.num_threads, "chunk_rows": store.manifest.chunk_rows}
         for run_name in runs:
             speeds = [plain.nbytes / 1e9 / second[run_name] for second in seconds]
             report[f"{run_name}_gb_per_s"] = round(statistics.median(speeds), 2)

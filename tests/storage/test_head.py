@@ -127,5 +127,5 @@ def test_reading_a_head_unpickles_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
     records = {HEAD_WEIGHT: WRONG[4][0]}
-    with pytest.raises(DamageError, match="expected plain .npy records, got object"):
+    with pytest.raises(DamageError, match=r"expected plain \.npy records, got object"):
         read_head(records.get, encoding_of(records), C, "here")
