@@ -22,17 +22,17 @@ AT_THE_PROXY: Mapping[str, float] = {
 KILLS: Mapping[str, float] = {"worker-killed": 6, "driver-killed": 1.5}
 LONGEST_S: Mapping[str, float] = {"slow": 4.0, "full": 4.0, "refuse": 3.0, "stop": 4.0}
 MOST_REQUESTS = 4
+MOST_SPARED = 12  # requests between two faults
 
 
 def proxy_fault(kind: str, generator: random.Random) -> dict[str, Any]:
     """What the proxy is told of a fault of a kind of `AT_THE_PROXY`."""
+    fault: dict[str, Any] = {"kind": kind, "spare": generator.randint(1, MOST_SPARED)}
     if kind in LONGEST_S:
-        return {"kind": kind, "seconds": round(generator.uniform(0.5, LONGEST_S[kind]), 2)}
+        return fault | {"seconds": round(generator.uniform(0.5, LONGEST_S[kind]), 2)}
     if kind.startswith("error-"):
-        return {"kind": "error", "status": int(kind[6:]), "requests": generator.randint(1, MOST_REQUESTS)}
-    if kind == "late-error":
-        return {"kind": kind, "status": generator.choice([500, 503])}
-    return {"kind": kind}
+        return fault | {"kind": "error", "status": int(kind[6:]), "requests": generator.randint(1, MOST_REQUESTS)}
+    return fault | ({"status": generator.choice([500, 503])} if kind == "late-error" else {})
 
 
 @dataclass

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.chaos.http_messages import MOST_HEAD_BYTES, Message, read_answer, read_request
 
-PATIENCE_S = 15.0
+PATIENCE_S = 30.0
 CALM = {"kind": "calm"}
 DRIP_PIECES = 8  # of a slow answer, so that it is slow in its middle too
 ERRORS = {
@@ -54,6 +54,8 @@ class Fault:
         requests: how many a counted one breaks.
         seconds: how long a lasting one lasts; of a slow one also what a request takes longer, at most.
         status: of an error.
+        spare: requests that pass after its first hit before another fault begins, so that work that goes a request at
+            a time is not stopped for good.
         hits: requests that it broke.
     """
 
@@ -62,6 +64,7 @@ class Fault:
     requests: int = 1
     seconds: float = 0.0
     status: int = 500
+    spare: int = 0
     hits: int = 0
     ends_at: float | None = None
 
@@ -98,6 +101,7 @@ class Proxy:
     _server: asyncio.Server | None = None
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
     _num_waiting: int = 0
+    _num_spared: int = 0
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def open(self) -> None:
@@ -163,9 +167,12 @@ class Proxy:
     async def _answer(self, request: Message, writer: asyncio.StreamWriter) -> None:
         fault = next((fault for fault in self.faults if self._takes(fault, request)), None)
         if fault is None:
+            self._num_spared = max(0, self._num_spared - 1)
             writer.write(await self._asked(request))
             await writer.drain()
             return
+        if not fault.hits:
+            self._num_spared = fault.spare
         fault.hits += 1
         if fault.kind in COUNTED and fault.hits >= fault.requests:
             self._over(fault)
@@ -173,7 +180,7 @@ class Proxy:
 
     def _takes(self, fault: Fault, request: Message) -> bool:
         """Whether a request is broken; a lasting fault begins with its first one."""
-        if not fault.fits(request):
+        if not fault.fits(request) or (not fault.hits and self._num_spared):
             return False
         if fault.kind in LASTING and fault.ends_at is None:
             fault.ends_at = asyncio.get_running_loop().time() + fault.seconds

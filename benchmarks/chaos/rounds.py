@@ -24,7 +24,7 @@ from storage.remote import open_place
 STEP_S = 0.05
 ORPHANS_S = 20.0
 STARTING_SHARE = 0.2  # of the drivers that are chosen while they start: most kills shall hit one that is at work
-MOST_ARMED = 5  # faults at the proxy that may wait for a victim or be under way at once
+MOST_ARMED = 8  # faults at the proxy that may wait for a victim or be under way at once
 FULL_S = (1.0, 4.0)
 FULL_WORDS = "is full: what is written next"  # what a run says when it waits for a disk
 NO_ROOM = "expected room"  # what it says when it ends for want of it

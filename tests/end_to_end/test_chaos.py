@@ -182,6 +182,10 @@ def test_the_proxy_breaks_as_many_requests_as_it_is_told(proxy: Spoken) -> None:
     assert hits(proxy) == [(2, 1)]
     arm(proxy, 3, kind="error", patience_s=0.1)
     assert hits(proxy) == [(3, 0)]
+    arm(proxy, 5, kind="error", spare=2)
+    arm(proxy, 6, kind="error")
+    assert [request(proxy.port, "GET", "some")[0] for _ in range(5)] == [500, 200, 200, 500, 200]
+    assert hits(proxy) == [(5, 1), (6, 1)]
     arm(proxy, 4, kind="error")
     proxy.say({"kind": "calm"})
     assert hits(proxy) == [(4, 0)]
