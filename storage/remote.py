@@ -16,6 +16,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from storage.errors import DamageError, RemoteError
+from storage.remote_environment import (
+    AWS_ENDPOINTS,
+    AZURE_ENDPOINTS,
+    CREDENTIAL_VARIABLES,
+    check_environment,
+    named_variables,
+)
 from storage.remote_retry import LostObjectError, is_answer, retried
 from storage.urls import checked_key, checked_url, is_url, split_url
 
@@ -31,8 +38,6 @@ MERGE_BYTES = 4 << 10  # a gap that costs less than a request of its own
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S, REQUEST_TIMEOUT_S = 5, 30, 120
 PATIENT_TIMEOUT_S = 900  # of a request that carries a shard's array
 DELETED_AT_ONCE = 1000
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
-CREDENTIAL_VARIABLES = ("AWS_", "GOOGLE_", "AZURE_")
 
 
 @dataclass(frozen=True)
@@ -408,9 +413,9 @@ def _connect(root: str, is_patient: bool, _environment: int, _process: int) -> "
     except ImportError:
         raise RemoteError(f"{root}: expected obstore, got none; install it: pip install 'logitstore[remote]'") from None
     scheme = urlsplit(root).scheme
-    plain = scheme == "http" or (
-        scheme != "https" and any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)
-    )
+    check_environment(scheme, os.environ)
+    endpoints = (os.environ.get(name, "") for name in AWS_ENDPOINTS + AZURE_ENDPOINTS)
+    plain = scheme == "http" or (scheme != "https" and any(it.startswith("http://") for it in endpoints))
     client: Any = {
         "allow_http": plain,
         "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
@@ -424,7 +429,7 @@ def _connect(root: str, is_patient: bool, _environment: int, _process: int) -> "
     except Exception as error:  # noqa: BLE001 - what the library raises has no common class
         kind = type(error).__name__
         raise RemoteError(
-            f"{root}: expected a URL and an environment that fit, got {kind}; check the URL, and set "
-            "the variables that name the account, such as AZURE_STORAGE_ACCOUNT_NAME"
+            f"{root}: expected a URL and an environment that fit, got {kind}; check the URL and the variables that "
+            f"name the account, such as {named_variables(root)}"
         ) from None
     return store

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from storage.errors import OutOfSpaceError, RemoteError, StoreError
+from storage.remote_environment import named_variables
 
 RETRY_VARIABLE = "LOGITSTORE_RETRY_S"
 DEFAULT_RETRY_S = 120.0
@@ -97,7 +98,7 @@ def _judged(error: Exception, where: str, waited: float, patience: float) -> Sto
     if may_pass and waited <= limit:
         return reason
     tried = f" for {waited:.0f} s" if may_pass else ""
-    return RemoteError(f"{where}: expected an answer, got {reason}{tried}; {_advice(error, reason)}")
+    return RemoteError(f"{where}: expected an answer, got {reason}{tried}; {_advice(error, reason, where)}")
 
 
 def is_answer(error: Exception) -> bool:
@@ -142,9 +143,9 @@ def _first_line(text: str) -> str:
     return re.sub(r"://[^/\s@]+@", "://...@", line)[:200]
 
 
-def _advice(error: Exception, reason: str) -> str:
+def _advice(error: Exception, reason: str, where: str) -> str:
     if reason == "no credentials":
-        return "set the environment variables of the storage, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        return f"set the environment variables of the storage, such as {named_variables(where)}"
     if type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
         return "check the URL and the credentials in the environment"
     if "NoSuchBucket" in reason:

@@ -19,6 +19,31 @@ def is_url(path: str | Path) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)) is not None
 
 
+def is_broken_url(path: str) -> bool:
+    """Whether a path is most likely meant to be a URL, but lacks a slash.
+
+    Example:
+        >>> is_broken_url("s3:/bucket/logits.zarr"), is_broken_url("s3://bucket/logits.zarr")
+        (True, False)
+    """
+    return not is_url(path) and path.lower().startswith(tuple(f"{it}:" for it in SCHEMES))
+
+
+def check_local(where: str, path: str) -> None:
+    """Refuse a URL where a path of this machine is needed: it would become a folder that is called `s3:`.
+
+    Args:
+        where: what the path is for, for the message.
+        path: as it was given.
+
+    Raises:
+        ValueError: it is a URL, or one without its slashes.
+    """
+    if is_url(path) or is_broken_url(path):
+        scheme = path.split(":", 1)[0]
+        raise ValueError(f"{where}: expected a path on this machine, got a URL, {scheme}:...; give a path")
+
+
 def checked_url(url: str) -> str:
     """A URL that may be used, without a slash at its end.
 

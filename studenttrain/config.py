@@ -10,7 +10,7 @@ from typing import Any
 from storage.backends.cache import CacheSettings
 from storage.console import parse_size
 from storage.corpus.parquet_columns import Columns
-from storage.urls import is_url
+from storage.urls import check_local, is_url
 from studenttrain.optim import OPTIMIZERS, OptimizerName
 from studenttrain.precision import PRECISIONS, Precision
 from studenttrain.schedule import SCHEDULES, Schedule
@@ -157,6 +157,7 @@ class FitConfig:
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}: expected --data beside it, got none; give the corpus, or leave this out")
         parse_interval(self.checkpoint_every)
+        check_local("out", self.out)
         self._check_cache()
         assert self.columns is not None  # built to be checked
 
@@ -166,6 +167,8 @@ class FitConfig:
         return Columns(self.image_column, self.label_column)
 
     def _check_cache(self) -> None:
+        if self.cache is not None:
+            check_local("cache", self.cache)
         if self.cache is None and self.cache_size is not None:
             raise ValueError("cache_size: expected --cache beside it, got none; give the cache's folder")
         if self.cache_size is not None:

@@ -10,6 +10,7 @@ from storage.corpus.sequences import SequenceOptions
 from storage.encodings import Dense, Encoding, Hidden, Sample, TopK
 from storage.encodings.values import ValueType
 from storage.manifest import Compressor
+from storage.urls import check_local
 
 Combine = Literal["mean-probs", "mean-logits"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -218,6 +219,8 @@ class DumpConfig:
 
     def _check_watching(self) -> None:
         """What watches a run, and what stops it."""
+        if self.run_log is not None:
+            check_local("run_log", self.run_log)
         for name in self.no_alarms:
             if name not in (*ALARMS, ALL_ALARMS):
                 raise ValueError(

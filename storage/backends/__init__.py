@@ -19,7 +19,7 @@ from storage.backends.zarr3 import ZarrBackend
 from storage.errors import PathError
 from storage.manifest import Manifest
 from storage.remote import open_place
-from storage.urls import checked_url, is_url
+from storage.urls import checked_url, is_broken_url, is_url
 
 __all__ = [
     "Backend",
@@ -176,6 +176,8 @@ def backend_for(path: str | Path, cache: CacheSettings | None = None) -> Backend
         return RemoteBackend(open_place(str(path)), cache)
     if re.match(r"[a-z0-9]+:/[^/]", str(path)) and isinstance(path, Path):
         raise PathError(f"{path}: expected a URL as text, got it as a path, which lost a slash; give a str")
+    if is_broken_url(str(path)):
+        raise PathError(f"{path}: expected :// behind the first word of a URL, got something else; write it whole")
     if cache is not None:
         raise ValueError(f"cache: expected a store at a URL, got {str(path)!r}, which is here; leave the cache out")
     path = Path(path)

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from storage import remote, remote_retry
+from storage.backends import backend_for
 from storage.errors import DamageError, OutOfSpaceError, PathError, RemoteError
 from storage.remote import LostObjectError, Place, is_url, open_place, split_url
+from storage.remote_environment import named_variables
 from tests.s3 import SECRET, S3Server
 
 
@@ -208,6 +210,52 @@ def test_an_account_that_is_not_named_is_said(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delenv(name)
     with pytest.raises(RemoteError, match=r"az://c: expected a URL and an environment that fit, got .*AZURE_STORAGE"):
         open_place("az://c/x")
+
+
+def test_google_is_not_told_to_set_the_variables_of_amazon() -> None:
+    assert named_variables("gs://bucket/x") == "GOOGLE_APPLICATION_CREDENTIALS"
+    assert named_variables("az://c/x").startswith("AZURE_STORAGE_ACCOUNT_NAME")
+    assert named_variables("s3://bucket/x").startswith("AWS_ACCESS_KEY_ID")
+
+
+def test_half_of_an_aws_key_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "hidden")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    with pytest.raises(RemoteError, match=r"s3://b: expected a URL and an environment .*AWS_SECRET_ACCESS_KEY"):
+        open_place("s3://b/x")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "AWS_ENDPOINT_URL",
+            "",
+            "expected the address of a server, such as http://127.0.0.1:9000, got ''; set another",
+        ),
+        ("AWS_ENDPOINT_URL", "127.0.0.1:9000", "expected the address of a server"),
+        ("AWS_ENDPOINT_URL", "HTTP://127.0.0.1:9000", "expected the address of a server"),
+        ("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:99999", "expected the address of a server"),
+        ("AWS_ENDPOINT", "me:hidden@127.0.0.1", r"expected the address of a server.*got '\.\.\.@127.0.0.1'"),
+        ("AWS_ACCESS_KEY_ID", "hidden\n", "expected one line, got a line end or another control character"),
+        ("AWS_SESSION_TOKEN", "hidden\r", "expected one line, got a line end or another control character"),
+        ("AWS_REGION", "eu west", "expected a name such as us-east-1, got 'eu west'"),
+    ],
+)
+def test_an_environment_at_which_the_library_panics_is_refused_before(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RemoteError, match=rf"^{name}: {message}") as caught:
+        open_place("s3://bucket/x")
+    assert "hidden" not in str(caught.value)
+    open_place("https://host/x")  # which needs none of them
+
+
+@pytest.mark.parametrize("path", ["s3:/bucket/x.zarr", "gs:bucket/x.zarr"])
+def test_a_url_that_lacks_a_slash_makes_no_folder(path: str) -> None:
+    with pytest.raises(PathError, match="expected :// behind the first word of a URL, got something else; write it"):
+        backend_for(path)
 
 
 def test_a_missing_library_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,3 +82,14 @@ def test_a_cache_that_would_be_ignored_is_an_error(data: Path, local: Path, tmp_
         FitConfig(targets="s3://bucket/x", cache_size="1GB", **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="size: expected bytes such as 500MB or 2GiB, got 'much'"):
         FitConfig(targets="s3://bucket/x", cache="x", cache_size="much", **options)  # type: ignore[arg-type]
+
+
+def test_a_run_or_a_cache_at_a_url_is_refused(tmp_path: Path) -> None:
+    options = {"targets": "s3://bucket/x", "data": "x", "student": STUDENT, "epochs": 1}
+    for out in ("s3://bucket/run", "s3:/bucket/run"):
+        with pytest.raises(
+            ValueError, match=r"out: expected a path on this machine, got a URL, s3:\.\.\.; give a path"
+        ):
+            FitConfig(out=out, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"cache: expected a path on this machine, got a URL, s3:\.\.\.; give a path"):
+        FitConfig(out=str(tmp_path / "run"), cache="s3://bucket/cache", **options)  # type: ignore[arg-type]

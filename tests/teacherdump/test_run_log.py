@@ -41,6 +41,13 @@ def test_a_run_writes_a_line_a_shard_and_one_at_each_end(config: Build, tmp_path
     assert end["digest"] == result.content_digest
 
 
+def test_a_log_at_a_url_is_refused(config: Build) -> None:
+    with pytest.raises(
+        ValueError, match=r"run_log: expected a path on this machine, got a URL, s3:\.\.\.; give a path"
+    ):
+        config(run_log="s3://bucket/run.jsonl")
+
+
 def test_runs_add_to_the_log_and_say_how_they_ended(config: Build, tmp_path: Path) -> None:
     run(config(limit_samples=64))
     run(config())
