@@ -13,7 +13,7 @@ import psutil
 
 from benchmarks.chaos.check import problems
 from benchmarks.chaos.disk import LimitedFiles, SmallDisk, make_disk
-from benchmarks.chaos.faults import AT_THE_PROXY, KILLS, Tally, proxy_fault
+from benchmarks.chaos.faults import AT_THE_PROXY, KILLS, MOST, Tally, proxy_fault
 from benchmarks.chaos.processes import Crew, Driver, environment
 from benchmarks.chaos.proxy import CALM
 from benchmarks.chaos.world import BUCKET, Data, World
@@ -72,8 +72,8 @@ class Pace:
         patience_s: seconds that a round may take after its last fault.
     """
 
-    request_s: float = 0.45
-    process_s: float = 7.0
+    request_s: float = 0.15
+    process_s: float = 5.0
     patience_s: float = 120.0
 
 
@@ -199,6 +199,8 @@ class Play:
 
     def _break_something(self, kinds: Mapping[str, float], driver: Driver) -> None:
         kind, tally = self.generator.choices(list(kinds), list(kinds.values()))[0], self.outcome.tally
+        if tally.faults[kind] >= MOST.get(kind, tally.faults[kind] + 1):
+            return
         if kind == "driver-killed":
             if driver.is_at_work or self.generator.random() < STARTING_SHARE:
                 tally.add(kind, driver.kill())
