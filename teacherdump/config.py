@@ -244,7 +244,7 @@ class DumpConfig:
                 f"workers: expected none beside a scheduler, whose cluster has its own, got {self.workers}; leave "
                 "--workers or --scheduler out"
             )
-        if self.scheduler is not None and not re.match(r"(tcp|tls|ws|wss|ucx)://[^/]", self.scheduler):
+        if self.scheduler is not None and not re.match(r"(tcp|tls|ws|wss|ucx)://[^/]+:\d{1,5}/?$", self.scheduler):
             raise ValueError(
                 f"scheduler: expected an address such as tcp://host:8786, got {self.scheduler!r}; `dask scheduler` "
                 "prints it"

@@ -5,8 +5,10 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -301,6 +303,32 @@ def test_a_scheduler_that_is_not_there_is_said_in_one_line(config: Config, monke
         run(config(scheduler="tcp://127.0.0.1:1"))
 
 
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_a_server_that_is_no_scheduler_is_said_in_one_line(
+    config: Config, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    monkeypatch.setattr("teacherdump.cluster_local.CONNECT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as stack:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    taken = stack.enter_context(server.accept()[0])
+                    taken.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(PathError, match=f"scheduler '{address}': expected a Dask scheduler that answers, got"):
+            run(config(scheduler=address))
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_scheduler_behind_tls_needs_certificates_in_the_configuration(config: Config) -> None:
+    message = r"scheduler 'tls://127.0.0.1:1': expected certificates in Dask's configuration .*, got none"
+    with pytest.raises(PathError, match=message):
+        run(config(scheduler="tls://127.0.0.1:1"))
+
+
 # On workers of this machine
 
 
@@ -433,6 +461,7 @@ def test_an_error_comes_back_from_a_worker_as_it_was(error: StoreError) -> None:
         ({"workers": 0}, "workers: expected at least 1, got 0"),
         ({"workers": 2, "scheduler": "tcp://a:1"}, "workers: expected none beside a scheduler"),
         ({"scheduler": "a:1"}, "scheduler: expected an address such as tcp://host:8786, got 'a:1'"),
+        ({"scheduler": "tcp://a"}, "scheduler: expected an address such as tcp://host:8786, got 'tcp://a'"),
         ({"workers": 2, "device": "cuda:1"}, "device: expected auto, cpu or cuda with several workers"),
     ],
 )
