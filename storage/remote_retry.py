@@ -18,6 +18,7 @@ QUIET_S = 5.0  # of trying again before a person is told
 CREDENTIALS_S = 10.0  # that a service which hands out credentials is asked for, where there may be none
 BUSY_STATUS = (408, 425, 429)
 NO_SUCH_RANGE = "416 "
+REFUSED_STATUS = ("401 ", "403 ")
 METADATA_SERVICES = ("169.254.169.254", "metadata.google.internal", "169.254.170.2")
 FULL_STATUS = "507"
 FULL_CODES = ("XMinioStorageFull", "StorageFull", "QuotaExceeded", "InsufficientCapacity")
@@ -146,7 +147,8 @@ def _first_line(text: str) -> str:
 def _advice(error: Exception, reason: str, where: str) -> str:
     if reason == "no credentials":
         return f"set the environment variables of the storage, such as {named_variables(where)}"
-    if type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
+    is_refused = type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError")
+    if is_refused or reason.startswith(REFUSED_STATUS):  # a listing that is refused has the class of any failure
         return "check the URL and the credentials in the environment"
     if "NoSuchBucket" in reason:
         return "make the bucket, or check the URL"

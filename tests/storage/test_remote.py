@@ -165,6 +165,9 @@ def test_what_can_not_pass_is_said_at_once(place: Place, s3: S3Server) -> None:
         s3.ask(fail=1, status=status)
         with pytest.raises(kind, match=message):
             place.put("k", b"new")
+    s3.ask(fail=1, status=403)
+    with pytest.raises(RemoteError, match=r"got 403 .*; check the URL and the credentials in the environment"):
+        list(place.list())
     other = open_place("s3://no-such-bucket/x")
     assert other.get("k") is None
     with pytest.raises(RemoteError, match="expected a bucket, got none of that name; make it, or check the URL"):
