@@ -1,7 +1,7 @@
 """What many workers bring and cost: rows/s with one and two, the time of a shard, and a driver of 100,000 shards.
 
     python -m benchmarks.cluster_scale
-    python -m benchmarks.cluster_scale --rows 4000 --shards 100 --driver-shards 100 1000
+    python -m benchmarks.cluster_scale --parts scale overhead --rows 4000 --shards 100
 
 - `scale`: a teacher that keeps one core busy, in one process with one thread, and on one and two workers.
 - `overhead`: a teacher that does nothing over many small shards, in one process and on one worker.
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from teacherdump.room import Room
 from teacherdump.run import run
 from teacherdump.source import open_source
 
+PARTS = ("scale", "overhead", "turns", "driver")
 NUM_CORPUS_ROWS = 10**9
 SLEEP_S = 0.05  # of a batch in the teacher, and of a shard in the writer, in `turns`
 
@@ -238,10 +240,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=60_000, help="of `scale`")
     parser.add_argument("--shards", type=int, default=400, help="of `overhead`")
-    parser.add_argument("--driver-shards", type=int, nargs="*", default=[10**3, 10**4, 10**5])
+    parser.add_argument("--driver-shards", type=int, nargs="+", default=[10**3, 10**4, 10**5])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="by default all")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # one core for each process, also where it is alone
-    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_teachers(folder)
@@ -249,14 +251,16 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(1)
-        figures["scale"] = scale(folder, args.rows)
-        print(figures["scale"], flush=True)
-        figures["overhead"] = overhead(folder, args.shards)
-        print(figures["overhead"], flush=True)
-        figures["turns"] = turns(folder)
-        print(figures["turns"], flush=True)
-        figures["driver"] = [drive_apart(folder, num_shards) for num_shards in args.driver_shards]
-    write_result("cluster_scale", figures)
+        parts: dict[str, Callable[[], Any]] = {
+            "scale": lambda: scale(folder, args.rows),
+            "overhead": lambda: overhead(folder, args.shards),
+            "turns": lambda: turns(folder),
+            "driver": lambda: [drive_apart(folder, num_shards) for num_shards in args.driver_shards],
+        }
+        for part in args.parts:
+            figures = parts[part]()
+            print(part, figures, flush=True)
+            write_result(f"cluster_{part}", {part: figures})
 
 
 if __name__ == "__main__":
