@@ -67,6 +67,8 @@ class Job:
         num_readers: threads that decode samples, at least 1.
         head: what a store of hidden states keeps once; else None.
         alarms: that are on.
+        is_proven: whether a store before this one shows that teacher and corpus go together; then samples that all
+            have no targets are odd ones, and no reason to stop.
         queues: where it is told what waits between the stages.
     """
 
@@ -78,6 +80,7 @@ class Job:
     num_readers: int
     head: HeadArrays | None = None
     alarms: tuple[str, ...] = ALARMS
+    is_proven: bool = False
     queues: Queues = field(default_factory=Queues, compare=False, repr=False)
 
     def speak(self, read: "ReadBatch") -> Iterator[Said]:
@@ -156,7 +159,7 @@ def dump(
     Raises:
         StoreError: what stopped it; every shard that was sealed stays, and the same dump goes on.
     """
-    is_first, given_up = not writer.sealed_shards(), threading.Event()
+    is_first, given_up = not (job.is_proven or writer.sealed_shards()), threading.Event()
     room = room or Room(writer.store.path, 0, lambda _: None)
 
     def write(shard: EncodedShard) -> None:

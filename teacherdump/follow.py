@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from storage.backends import backend_for
 from storage.console import format_count, format_plural
-from storage.corpus import Corpus, FileEntry, without_rows
+from storage.corpus import Corpus, FileEntry, Preprocess, without_rows
 from storage.corpus.files import FILE_KINDS, absolute, find_files, has_suffix
 from storage.errors import CorpusError, CorpusMismatchError, MismatchError
 from storage.exclusive import sole_run
@@ -114,6 +114,7 @@ class _Follower:
         self._unusable: dict[str, FileEntry] = {}
         self._covered: set[str] = set()
         self._row_bytes = 0  # of a row before compression; 0 until it is known
+        self._like: Preprocess | None = None  # of the stores that are finished
 
     def run(self) -> None:
         """Go on with what is unfinished, then look for files again and again."""
@@ -302,7 +303,9 @@ class _Follower:
         """Dump a member's samples with the ordinary run, and finalize it."""
         path = self.series.member_path(record)
         config = self._within_limits(replace(self.config, out=path))
-        source = replace(open_source(config, corpus), planned_rows=max(self.options.member_rows, corpus.num_samples))
+        planned_rows = max(self.options.member_rows, corpus.num_samples)
+        source = open_source(config, corpus, like=self._like)
+        source = replace(source, planned_rows=planned_rows, is_proven=self._like is not None)
         before = 0
         if source.existing is not None:
             self.series.agree(source.manifest(source.existing.num_classes, source.existing.provenance))
@@ -327,7 +330,7 @@ class _Follower:
             self.config = replace(self.config, batch_size=batch_size)
         rows = self.config.shard_rows or manifest.shard_rows, self.config.chunk_rows or manifest.chunk_rows
         self.config = replace(self.config, shard_rows=rows[0], chunk_rows=rows[1])
-        self._row_bytes = manifest.row_bytes
+        self._row_bytes, self._like = manifest.row_bytes, Preprocess.from_json(manifest.preprocess)
 
     def _prepared(self, source: Source) -> "AnyJob":
         """The job of a member, if it agrees with the others; asked before its store is made."""

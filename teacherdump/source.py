@@ -56,6 +56,7 @@ class Source:
         identity: who the teacher is.
         existing: the manifest of the store that is there, or None.
         planned_rows: rows that shards and chunks are chosen for; None for those of the corpus.
+        is_proven: whether a store before this one shows that teacher and corpus go together.
     """
 
     config: DumpConfig
@@ -64,6 +65,7 @@ class Source:
     identity: Mapping[str, Any]
     existing: Manifest | None
     planned_rows: int | None = None
+    is_proven: bool = False
 
     @property
     def is_tokens(self) -> bool:
@@ -152,13 +154,19 @@ def open_data(config: DumpConfig, files: Sequence[str] | None = None, progress: 
     )
 
 
-def open_source(config: DumpConfig, corpus: Corpus | None = None, progress: Advances | None = None) -> Source:
+def open_source(
+    config: DumpConfig,
+    corpus: Corpus | None = None,
+    progress: Advances | None = None,
+    like: Preprocess | None = None,
+) -> Source:
     """The corpus, the teacher's identity and the store that is there.
 
     Args:
         config: the options.
         corpus: of some of the files of the corpus that the options name; None opens all of that.
         progress: told of each file that is indexed.
+        like: the preprocessing of images that were dumped before these, and are like them.
 
     Raises:
         StoreError: one of them can't be used.
@@ -176,6 +184,7 @@ def open_source(config: DumpConfig, corpus: Corpus | None = None, progress: Adva
         interpolation=config.interpolation,
         channels=config.channels,
         scale=config.scale,
+        like=like,
     )
     backend = backend_for(config.out)
     existing = None
@@ -291,6 +300,7 @@ def prepare(source: Source, say: Say, teacher: "Teacher | None" = None) -> "Job"
         num_readers,
         settled.head,
         config.alarms,
+        source.is_proven,
     )
 
 

@@ -22,6 +22,7 @@ def default_preprocess(
     interpolation: Interpolation | None = None,
     channels: int | None = None,
     scale: float | None = None,
+    like: Preprocess | None = None,
 ) -> Preprocess:
     """How the samples of a corpus become inputs, where the options say nothing else: values in [0, 1] for images.
 
@@ -39,6 +40,7 @@ def default_preprocess(
         interpolation: None is bilinear where there is a resize.
         channels: 1 or 3; None is 1 where all samples looked at are grey, else 3.
         scale: None is 1/255 for images, 1 for arrays.
+        like: of other images of this corpus, whose size and channels it has then; none of these is looked at.
 
     Raises:
         CorpusError: images of several sizes and no size; or none that can be read.
@@ -54,7 +56,7 @@ def default_preprocess(
         shape = _probe(corpus)[0][1]
         factor = 1.0 if scale is None else float(scale)
         return Preprocess(kind="array", shape=shape, scale=factor, mean=mean, std=std)
-    shapes = _probe(corpus)
+    shapes = _probe(corpus) if like is None else [("", (*like.shape[1:], like.shape[0]))]
     if channels is None:
         channels = max(shape[2] for _, shape in shapes)
     factor = 1 / 255 if scale is None else float(scale)

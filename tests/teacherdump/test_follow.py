@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from storage.arrays import STATUS_OK, STATUS_UNDECODABLE
 from storage.corpus import FileEntry
 from storage.errors import CorpusError, CorpusMismatchError, DamageError, MismatchError, PathError, TeacherError
 from storage.exclusive import sole_run
@@ -265,6 +266,36 @@ def test_a_limit_of_bytes_leaves_a_store_unbegun_that_it_has_no_room_for(config:
 def test_a_limit_of_hours_ends_a_run_that_waits(config: Config) -> None:
     result = followed(config(limit_hours=1.5 / 3600), idle=None)
     assert (result.limit, result.num_rows) == (f"--limit-hours {1.5 / 3600}", 30)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "status"),
+    [
+        ("damaged", b"\x89PNG of nothing", STATUS_UNDECODABLE),
+        ("larger", image_bytes(random_pixels(9, 9, 3, seed=1)), STATUS_UNDECODABLE),
+        ("grey", image_bytes(random_pixels(8, 8, 1, seed=1)), STATUS_OK),
+    ],
+)
+def test_an_odd_image_that_arrives_alone_is_a_row_like_any_other(
+    config: Config, incoming: Path, name: str, content: bytes, status: int
+) -> None:
+    followed(config())
+    (incoming / f"{name}.png").write_bytes(content)
+    result = followed(config())
+    assert members(config().out) == [30, 1]
+    assert result.num_refused == (status != STATUS_OK)
+    with open_store(config().out) as series:
+        assert series.read(["status"], 30, 31)["status"].tolist() == [status]
+    write_images(incoming, 30, 33)
+    assert followed(config()).num_rows == 34
+    assert verify(config().out).ok
+
+
+def test_images_none_of_which_can_be_read_begin_no_series(config: Config, incoming: Path) -> None:
+    for path in incoming.iterdir():
+        path.write_bytes(b"\x89PNG of nothing")
+    with pytest.raises(CorpusError, match="expected samples that can be read, got none"):
+        followed(config())
 
 
 def test_an_idle_run_ends(config: Config, incoming: Path) -> None:
