@@ -156,7 +156,7 @@ def finalize(store: str, partial: bool) -> None:
 @THREADS
 def convert(source: str, target: str, compressor: Any, threads: int | None) -> None:
     """Copy a finalized store to TARGET: Zarr, or HDF5 where it ends in .h5. Run again, it goes on where it stopped."""
-    with command_errors():
+    with command_errors(is_resumed=True):
         from storage.scan import convert as copy
 
         with _rows_pass(source, "converting", times=2) as bar:

@@ -59,7 +59,7 @@ def combine_command(
     **options: Any,
 ) -> None:
     """Make the store of an ensemble of stores over the same rows. Run again, it goes on where it stopped."""
-    with command_errors():
+    with command_errors(is_resumed=True):
         from storage.scan import CombineOptions, combine
 
         chosen = CombineOptions(temperatures=temperatures, **options)

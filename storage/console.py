@@ -237,11 +237,14 @@ def printable(text: str) -> str:
 
 
 @contextlib.contextmanager
-def command_errors() -> Iterator[None]:
+def command_errors(is_resumed: bool = False) -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and an exit code.
 
     1 for a `StoreError` or an error of the operating system, 2 for a `ValueError` (an option that can't be), 130 for an
     interruption (143 for SIGTERM). A reader that hung up, as `head` does, is no error.
+
+    Args:
+        is_resumed: whether the same command goes on where it was interrupted.
     """
     try:
         yield
@@ -264,7 +267,7 @@ def command_errors() -> Iterator[None]:
         click.echo(str(stop), err=True)
         raise SystemExit(stop.exit_code) from None
     except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
+        click.echo("interrupted" + ("; run the same command again to go on" if is_resumed else ""), err=True)
         raise SystemExit(EXIT_INTERRUPTED) from None
 
 

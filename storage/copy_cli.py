@@ -30,7 +30,7 @@ def copy_command(
     source: str, target: str, rows: str | None, arrays: str | None, k: int | None, threads: int | None
 ) -> None:
     """Copy a store to TARGET, both a path or a URL. Run again, it goes on where it stopped."""
-    with command_errors():
+    with command_errors(is_resumed=True):
         from storage.scan import Selection, copy, parse_rows
 
         selection = Selection(

@@ -89,7 +89,7 @@ TOKEN_OPTIONS = (
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and the result only.")
 def fit(quiet: bool, **options: Any) -> None:
     """Train a student on a store, or go on where the same command stopped. Under torchrun: on several devices."""
-    with command_errors():
+    with command_errors(is_resumed=True):
         from studenttrain.config import FitConfig
         from studenttrain.distributed import is_main_rank
         from studenttrain.train import fit as train_student

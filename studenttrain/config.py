@@ -172,7 +172,10 @@ class FitConfig:
         if self.cache is None and self.cache_size is not None:
             raise ValueError("cache_size: expected --cache beside it, got none; give the cache's folder")
         if self.cache_size is not None:
-            parse_size(self.cache_size)
+            try:
+                parse_size(self.cache_size)
+            except ValueError as error:
+                raise ValueError(f"cache_size: {str(error).removeprefix('size: ')}") from None
         if self.cache is not None and not any(is_url(it) for it in (self.targets, self.val_targets) if it is not None):
             raise ValueError(
                 f"cache: expected targets at a URL, got '{self.targets}', which are here; leave the cache out"

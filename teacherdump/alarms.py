@@ -273,7 +273,7 @@ def findings(look: Look, manifest: Manifest, *, is_spread: bool) -> Iterator[Fin
         yield Finding(
             "saturated",
             f"expected logits that float16 can hold, got {_of(look.num_at_end, look.num_values, 'values')} at its end, "
-            f"{FLOAT16_LOWEST:,.0f} below the largest",
+            f"{-FLOAT16_LOWEST:,.0f} below the largest",
             "store them as they are with --values float32, or check the teacher's scale",
         )
 

@@ -238,7 +238,7 @@ def run_command(quiet: bool, **options: Any) -> None:
 
     Run the same command again to go on where it stopped. A run that would change what the store holds is refused.
     """
-    with command_errors():
+    with command_errors(is_resumed=True):
         is_following = options.pop("is_following")
         following = {name: options.pop(name) for name in OF_FOLLOW}
         given = {name: value for name, value in following.items() if value is not None}

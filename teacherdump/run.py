@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from storage.backends import Hdf5Backend
-from storage.console import Pass, format_bytes, format_count, format_duration, format_rate, progress
+from storage.console import Pass, format_bytes, format_count, format_duration, format_plural, format_rate, progress
 from storage.corpus import verify_hard_targets
 from storage.errors import OutOfSpaceError, StoreError
 from storage.exclusive import discard_unsealed, sole_run
@@ -73,7 +73,7 @@ class DumpResult:
             return self.retried.summary()
         if self.num_new_rows:
             rate = format_rate(self.num_new_rows / max(self.seconds, 1e-9), "rows")
-            did = f"dumped {format_count(self.num_new_rows)} rows in {format_duration(self.seconds)} ({rate})"
+            did = f"dumped {format_plural(self.num_new_rows, 'row')} in {format_duration(self.seconds)} ({rate})"
         elif self.content_digest is not None:
             did = "nothing to do: the store is finished"
         else:
@@ -118,7 +118,15 @@ def run(config: DumpConfig, say: Say = lambda _: None, quiet: bool = True) -> Du
     with contextlib.ExitStack() as stack:
         with progress(None, "files", "indexing", quiet=quiet) as bar:
             source = open_source(config, progress=bar)
+        _say_what_is_passed_over(source, say)
         return run_source(source, Preparation(config, say, stack).prepared, say, quiet)
+
+
+def _say_what_is_passed_over(source: Source, say: Say) -> None:
+    """How much beside the samples there is in the corpus: it may be all that the user meant."""
+    if count := source.corpus.num_ignored:
+        what = "members of its tars" if source.corpus.kind == "webdataset" else "other files"
+        say(f"note: corpus '{source.corpus.path}': {format_count(count)} {what} are no samples, and are passed over")
 
 
 class Preparation:

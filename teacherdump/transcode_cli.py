@@ -36,7 +36,7 @@ COMPRESSORS = ("none", "zstd")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda or cuda:N.")
 def transcode_command(source: str, target: str, **options: Any) -> None:
     """Write a finalized store to TARGET in a smaller encoding, without the teacher. Run again, it goes on."""
-    with command_errors():
+    with command_errors(is_resumed=True):
         from storage.reader import open_one_store
         from teacherdump.transcode import TranscodeOptions, transcode
 

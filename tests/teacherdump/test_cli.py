@@ -147,7 +147,7 @@ def test_a_signal_while_the_teacher_is_loaded_ends_it(folder: Path) -> None:
     wait_until_at_work(folder, process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stderr) == (130, "interrupted\n")
+    assert (process.returncode, stderr) == (130, "interrupted; run the same command again to go on\n")
     assert not (folder / "out.zarr").exists()
 
 

@@ -205,6 +205,15 @@ def test_the_number_of_threads_changes_no_bit(config: Build, tmp_path: Path, bat
     assert len(digests) == 1
 
 
+def test_what_is_no_sample_is_counted_aloud(config: Build, images: Path, tmp_path: Path) -> None:
+    (images / "cat" / "notes.txt").write_text("no image")
+    torch.save(build_model("mlp:192-8-2").state_dict(), tmp_path / "small.pt")
+    said: list[str] = []
+    options: dict[str, Any] = {"data": str(images), "labels": None, "models": (str(tmp_path / "small.pt"),)}
+    run(config(**options, arch="mlp:192-8-2", no_alarms=("all",)), said.append)
+    assert any("1 other files are no samples, and are passed over" in line for line in said)
+
+
 # Refused rows
 
 
