@@ -36,15 +36,7 @@ MOST_SPARED = 12  # requests between two faults
 def proxy_fault(kind: str, generator: random.Random) -> dict[str, Any]:
     """What the proxy is told of a fault of a kind of `AT_THE_PROXY`."""
     fault: dict[str, Any] = {"kind": kind, "spare": generator.randint(1, MOST_SPARED)}
-    if kind in # At most so many in a round: each costs the time in which workers start, and a round is to come to its end.
-MOST: Mapping[str, int] = {
-    "driver-killed": 2,
-    "worker-killed": 10,
-    "worker-left": 4,
-    "worker-joined": 4,
-    "disk-full": 6,
-}
-LONGEST_S:
+    if kind in LONGEST_S:
         return fault | {"seconds": round(generator.uniform(0.5, LONGEST_S[kind]), 2)}
     if kind.startswith("error-"):
         return fault | {"kind": "error", "status": int(kind[6:]), "requests": generator.randint(1, MOST_REQUESTS)}
