@@ -23,7 +23,7 @@ from storage.remote import open_place
 
 STEP_S = 0.05
 ORPHANS_S = 20.0
-STARTING_SHARE = 0.2  # of the drivers that are chosen while they start: most kills shall hit one that is at work
+STARTING_SHARE = 0.2  # of the kills that fall on a driver that still starts: most shall hit one that is at work
 MOST_ARMED = 8  # faults at the proxy that may wait for a victim or be under way at once
 FULL_S = (1.0, 4.0)
 FULL_WORDS = "is full: what is written next"  # what a run says when it waits for a disk
@@ -201,9 +201,10 @@ class Play:
         kind, tally = self.generator.choices(list(kinds), list(kinds.values()))[0], self.outcome.tally
         if tally.faults[kind] >= MOST.get(kind, tally.faults[kind] + 1):
             return
+        if not driver.is_at_work and self.generator.random() > STARTING_SHARE and kind in KILLS:
+            return
         if kind == "driver-killed":
-            if driver.is_at_work or self.generator.random() < STARTING_SHARE:
-                tally.add(kind, driver.kill())
+            tally.add(kind, driver.kill())
         elif kind == "worker-killed":
             tally.add(kind, self._kill_worker(driver))
         elif kind in ("worker-left", "worker-joined"):
