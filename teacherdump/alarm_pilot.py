@@ -25,6 +25,7 @@ from teacherdump.alarms import (
     LEAST_ROWS,
     LEAST_SEQUENCES,
     Look,
+    are_probabilities,
     count_at_end,
     distinct_rows,
     findings,
@@ -117,6 +118,7 @@ def _seen(job: Job, read: ReadBatch, sparsify: Sparsify) -> _Seen:
         if getattr(job.manifest.encoding, "values", None) == "float16" and job.manifest.encoding.name != "hidden":
             counts += count_at_end(values_RC[is_ok_R])
         kept |= {"top": values_RC.argmax(1), "signature": signature_of(values_RC[:, None])[:, 0]}
+        kept["is_probability"] = are_probabilities(said.logits_RC.float().cpu().numpy())
         parts.append(kept)
     batch, num_rows = read.batch, len(read.batch.rows_N)
     figures = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -153,6 +155,7 @@ def _look(parts: list[_Seen]) -> Look:
         num_values=int(counts[0]),
         num_at_end=int(counts[1]),
         num_near_end=int(counts[2]),
+        is_probability_NP=figures["is_probability"],
     )
 
 

@@ -54,6 +54,9 @@ UNSURE_ENTROPY = 0.5  # of log C
 SATURATED_SHARE = 1e-3
 NEAR_THE_END = FLOAT16_LOWEST / 10
 
+# Logits that add up to 1 within this, none of them below 0, in every row, are no logits; bf16 rounds as coarsely.
+PROBABILITY_TOLERANCE = 0.02
+
 LOOKED_ROWS = 256  # of a shard: more would not tell more
 LOOKED_POSITIONS = 4096
 SIGNATURE = 64  # values of a row that are compared
@@ -88,6 +91,7 @@ class Look:
         num_values: stored values that were counted for the next two.
         num_at_end: of these, at or beyond the end of float16.
         num_near_end: of these, in the tenfold before the end.
+        is_probability_NP: whether the logits are none below 0 and add up to 1; None where they were not seen.
     """
 
     max_logit_NP: Array  # noqa: N815
@@ -99,6 +103,7 @@ class Look:
     num_values: int = 0
     num_at_end: int = 0
     num_near_end: int = 0
+    is_probability_NP: Array | None = None  # noqa: N815
 
     @property
     def num_rows(self) -> int:
@@ -201,6 +206,13 @@ def count_at_end(values: Array) -> tuple[int, int, int]:
     return values.size, at_end, int((values <= NEAR_THE_END).sum() - (values <= FLOAT16_LOWEST).sum())
 
 
+def are_probabilities(logits_RC: Array) -> Array:
+    """Whether the values of each row could be a distribution: none below 0, and 1 in all."""
+    sum_R = logits_RC.sum(axis=1, dtype=np.float64)
+    is_one_R: Array = (logits_RC.min(axis=1) >= 0) & (np.abs(sum_R - 1) <= PROBABILITY_TOLERANCE)
+    return is_one_R
+
+
 def status_findings(status_N: Array, *, is_spread: bool) -> Iterator[Finding]:
     """What the rows without targets tell.
 
@@ -248,6 +260,12 @@ def findings(look: Look, manifest: Manifest, *, is_spread: bool) -> Iterator[Fin
             "the teacher does not see its input: check --scale, --mean and --std, and that the weights are those of "
             "--arch",
         )
+    if look.is_probability_NP is not None and look.is_probability_NP.all():
+        yield Finding(
+            "probabilities",
+            f"expected logits, got numbers from 0 to 1 that add up to 1 for {of_what}",
+            "the teacher ends with a softmax, or gives classes: leave its last layer out, or take the logarithm",
+        )
     if num_classes == 2:
         return  # two classes may well be far apart, or one of them rare
     lse_N = look.lse_NPT.reshape(-1, look.lse_NPT.shape[-1])
@@ -264,8 +282,7 @@ def findings(look: Look, manifest: Manifest, *, is_spread: bool) -> Iterator[Fin
         yield Finding(
             "collapsed",
             f"expected soft targets, got one class and nothing beside it for {of_what}, at temperature {highest:g} too",
-            "the logits are multiplied by something, the teacher gives classes instead of logits, or its input is out "
-            "of range: check --scale, --mean and --std",
+            "the logits are multiplied by something, or the input is out of range: check --scale, --mean and --std",
         )
     if not is_constant:  # which says more
         yield from _one_class(look, manifest, is_spread, of_what)

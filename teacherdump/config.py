@@ -22,7 +22,7 @@ COMBINES: tuple[str, ...] = get_args(Combine)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENCODINGS: tuple[str, ...] = get_args(EncodingName)
 # What stops a run that looks broken; `teacherdump.alarms` says by which signs.
-ALARMS = ("undecodable", "not-finite", "constant", "flat", "collapsed", "one-class", "saturated")
+ALARMS = ("undecodable", "not-finite", "constant", "probabilities", "flat", "collapsed", "one-class", "saturated")
 ALL_ALARMS = "all"
 NOT_OF_RETRY = (
     "limit_samples", "limit_hours", "limit_bytes", "no_alarms", "max_quarantined", "workers", "scheduler",

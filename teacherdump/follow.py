@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from storage.backends import backend_for
 from storage.console import format_count, format_plural
 from storage.corpus import Corpus, FileEntry, Preprocess, without_rows
+from storage.corpus.access import files_in
 from storage.corpus.files import FILE_KINDS, absolute, find_files, has_suffix
 from storage.errors import CorpusError, CorpusMismatchError, MismatchError
 from storage.exclusive import sole_run
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 NAP_S = 0.2  # how late a signal is noticed while nothing arrives
 NO_LABELS = "none"
 LEAST_HOURS = 1e-6  # what is left of a limit that is just being reached
+TAR_BLOCK = 512  # bytes
 LOOKS = 5  # at a folder in which files come and go
 
 
@@ -235,6 +237,7 @@ class _Follower:
         for entry in entries:
             alone = replace(self.config, data=f"{self.folder}/{entry.name}", corpus_kind=self.kind)
             try:
+                self._check_end(entry)
                 corpus = open_data(alone)
             except CorpusError as error:
                 self._unusable[entry.name] = entry
@@ -245,6 +248,14 @@ class _Follower:
             if sum(counts) > self.options.member_rows:
                 break  # the next member will look further
         return usable, counts
+
+    def _check_end(self, entry: FileEntry) -> None:
+        """Refuse a tar without the zeros that end one: cut between two members it looks like a whole, shorter one."""
+        if self.kind != "webdataset" or entry.num_bytes < TAR_BLOCK:
+            return
+        (last,) = files_in(self.folder).read_ranges(entry.name, [(entry.num_bytes - TAR_BLOCK, entry.num_bytes)])
+        if any(last):
+            raise CorpusError("expected the block of zeros that ends a tar, got other bytes: it may still be written")
 
     def _add_members(self, whole: list[FileEntry]) -> bool:
         """Make members of new files, one after the other; whether there was any file for one."""

@@ -105,6 +105,14 @@ def test_one_class_and_nothing_beside_it_is_stopped(teach: Teach) -> None:
     refused(teach(lambda number: one_hot(number, 5, 1000) + varied(number)), "collapsed", message)
 
 
+@pytest.mark.parametrize("options", [{}, {"encoding": "topk", "k": 3}])
+def test_probabilities_instead_of_logits_are_stopped(teach: Teach, options: dict[str, Any]) -> None:
+    message = r"pilot of 64 rows: expected logits, got numbers from 0 to 1 that add up to 1 for all 64 samples"
+    refused(teach(lambda number: varied(number).softmax(1), **options), "probabilities", message)
+    refused(teach(lambda number: one_hot(number, 5, 1.0), **options), "probabilities", message)
+    run(teach(lambda number: varied(number).log_softmax(1), **options))
+
+
 def test_one_class_for_everything_is_stopped(teach: Teach) -> None:
     sure = torch.tensor([0.0, 0, 0, 6, 0])
     message = r"expected several classes, got class 3 on top for all 64 samples that were looked at: the preprocessing"

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -479,11 +480,27 @@ def test_an_unfinished_store_with_other_samples_in_its_files_is_refused(config: 
         followed(config(data=str(tars)))
 
 
+def test_a_tar_that_stops_between_two_members_is_left_out_until_it_is_whole(config: Config, tmp_path: Path) -> None:
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    write_tar_of(tars / "a.tar", 0, 5)
+    write_tar_of(tmp_path / "b.tar", 5, 10)
+    whole = (tmp_path / "b.tar").read_bytes()
+    with tarfile.open(tmp_path / "b.tar") as tar:
+        third = tar.getmembers()[2].offset
+    (tars / "b.tar").write_bytes(whole[:third])
+    said: list[str] = []
+    assert followed(config(data=str(tars)), said.append).num_rows == 5
+    assert "'b.tar' is left out until it changes: expected the block of zeros that ends a tar" in said[0]
+    (tars / "b.tar").write_bytes(whole)
+    assert followed(config(data=str(tars))).num_rows == 10
+
+
 def test_a_file_that_can_t_be_opened_is_left_out_until_it_changes(config: Config, tmp_path: Path) -> None:
     tars = tmp_path / "tars"
     tars.mkdir()
     write_tar_of(tars / "a.tar", 0, 5)
-    (tars / "b.tar").write_bytes(b"no tar" * 200)
+    (tars / "b.tar").write_bytes(b"no tar" * 200 + bytes(512))
     said: list[str] = []
     result = followed(config(data=str(tars)), said.append)
     assert said[0].startswith("note: 'b.tar' is left out until it changes: corpus file '")
