@@ -26,7 +26,9 @@ POLL_S = 0.2
 GREETING = struct.Struct("<Q")  # what each side of Dask's TCP begins with: bytes of the message that follows
 MOST_GREETING_BYTES = 1 << 20
 CLOSE_S = 5.0  # that a cluster is given to close itself
-NUM_STARTS = 3  # of a cluster of this machine
+MOST_DEATHS_AT_START = 3  # a worker, before all of them are there
+START_LOOK_S = 0.05
+TORNADO_LOG = "tornado.application"
 
 
 @contextlib.contextmanager
@@ -89,31 +91,46 @@ def _cluster(config: DumpConfig) -> Iterator[Any]:
     # Else the cluster gives up a worker that is not there 15 s after a death: also one that died again just then.
     settings["distributed.deploy.lost-worker-timeout"] = "1000 days"
     with dask.config.set(settings):
-        cluster = _started(
-            lambda: SpecCluster(
-                dict(spec), scheduler={"cls": Scheduler, "options": dict(scheduler)}, silence_logs=logging.CRITICAL
-            )
-        )
+        # begun without workers: else the death of one as it starts would end the others too
+        cluster = SpecCluster({}, scheduler={"cls": Scheduler, "options": scheduler}, silence_logs=logging.CRITICAL)
         try:
-            yield cluster
+            with _quiet(TORNADO_LOG):  # where the loop puts the traceback of a start that failed
+                _start(cluster, spec)
+                yield cluster
         finally:
             with contextlib.suppress(OSError, asyncio.TimeoutError):
                 cluster.close(timeout=CLOSE_S)
 
 
-def _started(start: Callable[[], Any]) -> Any:
-    """A cluster whose workers are all there; begun anew where one of them dies before it is.
+def _start(cluster: Any, spec: dict[int, dict[str, Any]]) -> None:
+    """Start workers, and wait until all are there; one that dies before it is there is started again.
 
     Raises:
-        WorkerDiedError: that happened each time.
+        WorkerDiedError: too many did.
     """
-    for _ in range(NUM_STARTS):
-        with contextlib.suppress(RuntimeError):  # what a nanny raises whose worker is killed
-            return start()
-    raise WorkerDiedError(
-        f"workers: expected them to start, got one that died, {NUM_STARTS} times; is there memory enough for all? Give "
-        "fewer --workers, or run without to see what happens"
-    )
+    num_deaths = 0
+    cluster.worker_spec.update(spec)
+    cluster.scale(len(spec))
+    while len(cluster.scheduler_info["workers"]) < len(spec):
+        time.sleep(START_LOOK_S)
+        num_deaths += _revive(cluster)
+        if num_deaths > MOST_DEATHS_AT_START * len(spec):
+            raise WorkerDiedError(
+                f"workers: expected them to start, got {num_deaths} that died before they were there; is there memory "
+                "enough for all? Give fewer --workers, or run without to see what happens"
+            )
+
+
+@contextlib.contextmanager
+def _quiet(log: str) -> Iterator[None]:
+    """Let a log say nothing for a while."""
+    logger = logging.getLogger(log)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _revive(cluster: Any) -> int:
