@@ -80,7 +80,7 @@ def test_a_cache_that_would_be_ignored_is_an_error(data: Path, local: Path, tmp_
         FitConfig(targets=str(local), cache=str(tmp_path / "cache"), **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cache_size: expected --cache beside it, got none; give the cache's folder"):
         FitConfig(targets="s3://bucket/x", cache_size="1GB", **options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="^cache_size: expected bytes such as 500MB or 2GiB, got 'much'"):
+    with pytest.raises(ValueError, match=r"^cache_size: expected bytes such as 500MB or 2GiB, got 'much'"):
         FitConfig(targets="s3://bucket/x", cache="x", cache_size="much", **options)  # type: ignore[arg-type]
 
 
