@@ -19,7 +19,7 @@ AT_THE_PROXY: Mapping[str, float] = {
     "refuse": 2,
     "stop": 2,
 }
-KILLS: Mapping[str, float] = {"worker-killed": 6, "driver-killed": 1.5}
+KILLS: Mapping[str, float] = {"worker-killed": 6, "driver-killed": 3}
 # At most so many in a round: each costs the time in which workers start, and a round is to come to its end.
 MOST: Mapping[str, int] = {
     "driver-killed": 2,

@@ -25,8 +25,9 @@ STEP_S = 0.05
 ORPHANS_S = 20.0
 STARTING_SHARE = 0.2  # of the kills that fall on a driver that still starts: most shall hit one that is at work
 MOST_ARMED = 8  # faults at the proxy that may wait for a victim or be under way at once
-FULL_S = (1.0, 4.0)
+FULL_S = (2.0, 5.0)
 FULL_WORDS = "is full: what is written next"  # what a run says when it waits for a disk
+ON_RUNS = (*KILLS, "disk-full")  # kinds that are meant for a run at work
 NO_ROOM = "expected room"  # what it says when it ends for want of it
 
 
@@ -58,7 +59,7 @@ class Round:
         if self.by_hand:
             kinds |= {"worker-left": 2, "worker-joined": 2}
         if self.is_local:
-            return {}, kinds | {"disk-full": 6.0}
+            return {}, kinds | {"disk-full": 15.0}
         return AT_THE_PROXY, kinds
 
 
@@ -201,7 +202,11 @@ class Play:
         kind, tally = self.generator.choices(list(kinds), list(kinds.values()))[0], self.outcome.tally
         if tally.faults[kind] >= MOST.get(kind, tally.faults[kind] + 1):
             return
-        if not driver.is_at_work and self.generator.random() > STARTING_SHARE and kind in KILLS:
+        if (
+            not driver.is_at_work
+            and (kind == "disk-full" or self.generator.random() > STARTING_SHARE)
+            and kind in ON_RUNS
+        ):
             return
         if kind == "driver-killed":
             tally.add(kind, driver.kill())
