@@ -23,8 +23,8 @@ from benchmarks.chaos.rounds import ROUNDS, Outcome, Pace, Play, Round
 from benchmarks.chaos.world import SHARD_ROWS, make_world
 from benchmarks.result import write_result
 
-SECONDS = 420.0
-FAULTS = 220
+SECONDS = 450.0
+FAULTS = 200
 LEAST_S = 15.0  # that a round is disturbed, however late it is
 
 

@@ -79,11 +79,11 @@ class Pace:
 
 
 ROUNDS = (
+    Round("full-disk", is_local=True, share=0.25),
     Round("workers"),
     Round("by-hand", data="tars", by_hand=True),
     Round("remote-corpus", data="remote-tars"),
     Round("two-drivers", num_drivers=2),
-    Round("full-disk", is_local=True, share=0.3),
 )
 
 
