@@ -22,7 +22,7 @@ from storage.urls import is_url
 from storage.writer import StoreWriter
 from teacherdump.cluster_drive import WAIT_S, Drive
 from teacherdump.cluster_pilot import pilot_on_workers
-from teacherdump.cluster_team import Done, Left, Team, checked, is_death
+from teacherdump.cluster_team import Done, Left, Team, WorkerDiedError, checked, is_death
 from teacherdump.cluster_work import (
     Card,
     Plan,
@@ -36,7 +36,7 @@ from teacherdump.cluster_work import (
 from teacherdump.model_file import HF_PREFIX, is_hf
 from teacherdump.report import ShardReport
 from teacherdump.room import Room
-from teacherdump.source import NUM_PROBE_ROWS, Say, Source, settle, teacher_question
+from teacherdump.source import NUM_PROBE_ROWS, Say, Source, TeacherAnswer, settle, teacher_question
 
 NUM_CHECKED_SAMPLES = 5  # of the corpus, by which a worker is seen to have it
 
@@ -71,7 +71,7 @@ def prepare_on_workers(team: Team, source: Source, say: Say) -> ClusterJob:
         StoreError: a worker does not see the corpus or the teacher; or the teacher can't be used.
         ValueError: an option contradicts what the teacher is.
     """
-    config, preprocess, corpus = source.config, source.preprocess, source.corpus
+    config, preprocess = source.config, source.preprocess
     spec = TeacherSpec(
         tuple(absolute(path) for path in config.models),
         config.arch,
@@ -84,14 +84,37 @@ def prepare_on_workers(team: Team, source: Source, say: Say) -> ClusterJob:
     )
     team.wait_for_one()
     check_all(team, card_of(source, spec))
-    part = corpus.part(0, min(NUM_PROBE_ROWS, corpus.num_samples))
-    answer = team.ask(try_teacher_on, spec, teacher_question(source, np.empty(0)), part, preprocess)
+    answer = tried(team, source, spec)
 
     def choose(most_rows: int) -> int:
         return int(team.ask(choose_batch_size_of, spec, preprocess.shape, most_rows, source.is_tokens))
 
     settled = settle(source, answer, choose, say)
     return ClusterJob(source, team, settled.manifest, settled.batch_size, settled.head, spec, say)
+
+
+def tried(team: Team, source: Source, spec: TeacherSpec) -> TeacherAnswer:
+    """What the teacher was found to be on the first samples; on some from elsewhere where these kill its workers.
+
+    Raises:
+        StoreError: it can't be used.
+        WorkerDiedError: the workers died of all of these.
+    """
+    num_samples = source.corpus.num_samples
+    last = max(0, num_samples - NUM_PROBE_ROWS)
+    starts = sorted({0, last // 2, last})
+    for start in starts:
+        part = source.corpus.part(start, min(start + NUM_PROBE_ROWS, num_samples))
+        try:
+            answer: TeacherAnswer = team.ask(
+                try_teacher_on, spec, teacher_question(source, np.empty(0)), part, source.preprocess
+            )
+        except WorkerDiedError:
+            if start == starts[-1]:
+                raise
+        else:
+            return answer
+    raise AssertionError("unreachable")
 
 
 def absolute(path: str) -> str:

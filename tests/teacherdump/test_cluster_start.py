@@ -3,10 +3,12 @@
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
 
+from teacherdump.cluster import tried
 from teacherdump.cluster_local import open_team
 from teacherdump.cluster_team import WorkerDiedError
 from teacherdump.config import DumpConfig
@@ -53,3 +55,40 @@ def test_workers_that_always_die_as_they_start_end_the_run(monkeypatch: pytest.M
         open_team(config(), lambda _: None),
     ):
         pytest.fail("expected no team")
+
+
+class Fragile:
+    """A corpus and a team whose workers die of some rows."""
+
+    num_samples = 20
+    path = "corpus"
+
+    def __init__(self, deadly: set[int]) -> None:
+        self.deadly, self.asked = deadly, list[range]()
+        self.corpus = self
+        self.preprocess = None
+        self.config = config()
+
+    def part(self, start: int, stop: int) -> range:
+        return range(start, stop)
+
+    def ask(self, *args: Any) -> str:
+        part = args[3]
+        self.asked.append(part)
+        if self.deadly & set(part):
+            raise WorkerDiedError("worker 0: expected it to live through try_teacher_on, got 2 that died")
+        return "answer"
+
+
+def test_a_teacher_that_dies_of_the_first_samples_is_tried_on_others() -> None:
+    world: Any = Fragile({1})
+    answer: Any = tried(world, world, world)
+    assert answer == "answer"
+    assert world.asked == [range(4), range(8, 12)]
+
+
+def test_a_teacher_that_dies_of_all_samples_ends_the_run() -> None:
+    world: Any = Fragile(set(range(20)))
+    with pytest.raises(WorkerDiedError, match="expected it to live through try_teacher_on"):
+        tried(world, world, world)
+    assert world.asked == [range(4), range(8, 12), range(16, 20)]
