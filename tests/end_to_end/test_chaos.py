@@ -256,7 +256,7 @@ def test_whatever_dies_on_the_way_the_store_is_that_of_an_undisturbed_run(tmp_pa
         num_faults=10,
         seconds=8,
         num_samples=32,
-        seed=20,
+        seed=23,
         pause_s=0.02,
         pace=Pace(request_s=0.3, process_s=6, patience_s=240),
         shard_rows=2,
@@ -265,6 +265,6 @@ def test_whatever_dies_on_the_way_the_store_is_that_of_an_undisturbed_run(tmp_pa
     assert outcome.tally.num_faults >= 3
     assert outcome.num_quarantined == 5
     assert outcome.num_deaths >= 3  # of the deadly sample, until it is found
-    text = json.dumps(figures([outcome], 32, 20, 1.0))
+    text = json.dumps(figures([outcome], 32, 23, 1.0))
     assert "AWS" not in text
     assert "chaos-secret" not in (tmp_path / "round-0-workers" / "driver-0.log").read_text()
