@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs real data, and '{folder}' is not there; set {DATA_VARIABLE} to a folder that holds it")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _same_folder() -> Iterator[None]:
+    """Come back to where the tests were started from: the next one may import from there in another process."""
+    here = Path.cwd()
+    yield
+    os.chdir(here)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

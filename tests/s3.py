@@ -56,7 +56,7 @@ class S3Server:
     def ask(self, **faults: Any) -> dict[str, Any]:
         """Set what the next requests meet: `cut=N`, `fail=N` with `status=S`, `slow_s=X`; gives the counts so far.
 
-        `method`, `contains` and `every=N` choose the requests.
+        `method`, `contains` and `every=N` choose the requests; `is_new=True` forgets what was asked for before.
         """
         body = json.dumps(faults).encode()
         with urllib.request.urlopen(self.endpoint + FAULTS, body, timeout=20) as answer:
@@ -119,7 +119,7 @@ def s3(s3_server: S3Server) -> Iterator[S3Server]:
         for name, value in s3_server.environment.items():
             environment.setenv(name, value)
         yield s3_server
-        s3_server.ask(cut=0, fail=0, slow_s=0, every=1, contains="")
+        s3_server.ask(is_new=True)  # else the choice of one test is that of the next
 
 
 class Faults:
@@ -157,15 +157,16 @@ class Faults:
 
     def _configure(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         with self._lock:
-            self._plan |= json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+            asked = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+            self._plan = asked if asked.pop("is_new", False) else self._plan | asked
             body = json.dumps(self._counts).encode()
         start_response("200 OK", [("Content-Length", str(len(body)))])
         return [body]
 
     def _next(self, method: str, path: str) -> str | None:
         """What this request meets."""
-        plan = self._plan
         with self._lock:
+            plan = self._plan
             self._counts["requests"] += 1
             if plan.get("method", method) != method or plan.get("contains", "") not in path:
                 return None

@@ -130,7 +130,7 @@ for act in (
 
 def test_a_disk_that_is_full_at_the_program_or_a_checkpoint_does_not_end_the_process(tmp_path: Path) -> None:
     code = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    done = subprocess.run(code, capture_output=True, text=True, check=False)
+    done = subprocess.run(code, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     program, checkpoint = done.stdout.splitlines()
     assert "student.pt2: expected room on the disk, got none" in program

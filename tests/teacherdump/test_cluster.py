@@ -431,7 +431,6 @@ def test_more_workers_than_devices_and_devices_that_are_not_there_are_refused(
         run(config(workers=3, device="auto"))
     monkeypatch.undo()
     if not torch.cuda.is_available():
-        os.chdir(Path(config().out).parent)
         with pytest.raises(ValueError, match="device: expected CUDA devices of this machine, got none"):
             cuda_devices(config(workers=1, device="cuda"))
 
