@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from storage.console import command_errors
+from studenttrain.specialists.cli import specialists_group
 
 CORPUS_HELP = "images (a folder), idx, arrays, webdataset or parquet; found from what is there"
 
@@ -15,6 +16,9 @@ CORPUS_HELP = "images (a folder), idx, arrays, webdataset or parquet; found from
 @click.version_option(package_name="logitstore")
 def main() -> None:
     """Train students from stored soft targets; the teacher is not needed any more."""
+
+
+main.add_command(specialists_group)
 
 
 def _options(*specs: tuple[str, Any, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
