@@ -87,6 +87,8 @@ TOKEN_OPTIONS = (
     ("--cache", str, "Folder in which pieces of stores at URLs are kept, for later epochs and runs."),
     ("--cache-size", str, "Of --cache, such as 500MB.  [10GB]"),
     ("--replay", str, "Folder of a run: see again, in each epoch, just the shards that it saw."),
+    ("--only-classes", str, "Learn from rows of these classes alone: numbers or names, such as 7,8."),
+    ("--without-classes", str, "Learn from rows of all classes but these."),
     ("--readers", int, "Threads that read samples.  [one a core, at most 8]"),
 )
 @click.option("--compile", is_flag=True, default=None, help="Put the student through torch.compile.")

@@ -90,6 +90,8 @@ class FitConfig:
         cache: folder in which pieces of stores at URLs are kept, for later epochs and runs; several processes may share
             it. None keeps none.
         cache_size: of the cache, such as `10GB`, which None is.
+        only_classes: classes, numbers or names with commas between them, whose rows alone are seen; None sees all.
+        without_classes: classes whose rows are left out; this or `only_classes`, not both.
         replay: folder of a run whose epochs are seen again, just the shards of each; None sees what is sealed.
 
     Raises:
@@ -138,6 +140,8 @@ class FitConfig:
     cache: str | None = None
     cache_size: str | None = None
     replay: str | None = None
+    only_classes: str | None = None
+    without_classes: str | None = None
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -152,6 +156,8 @@ class FitConfig:
             raise ValueError("val_labels: expected val_data beside them, got none; give the corpus too")
         if self.replay is not None and Path(self.replay).resolve() == Path(self.out).resolve():
             raise ValueError(f"replay: expected another folder than --out, got '{self.replay}'; give --out a new one")
+        if self.only_classes is not None and self.without_classes is not None:
+            raise ValueError("only_classes, without_classes: expected one of them, got both; leave one out")
         if self.data is None:
             for name in ("corpus_kind", "labels", "array", "image_column", "label_column", "boundaries"):
                 if getattr(self, name) is not None:
@@ -190,7 +196,7 @@ class FitConfig:
 
     def _check_ranges(self) -> None:
         paths = ("targets", "data", "out", "init", "labels", "val_data", "val_labels", "val_targets", "boundaries")
-        for name in (*paths, "student", "tokenizer", "replay", "cache"):
+        for name in (*paths, "student", "tokenizer", "replay", "cache", "only_classes", "without_classes"):
             check_not_empty(name, getattr(self, name))
         counts = ("epochs", "steps", "batch_size", "accumulate", "readers")
         _check(self, counts, lambda value: value >= 1, "at least 1")

@@ -37,6 +37,7 @@ class StudentCard:
         preprocess: how a sample becomes its input, as in the store's manifest.
         store: `digest` of what the store's manifest says, and the `content_digest` where it was finalized.
         sequences: of a language model, what the store says of its sequences: positions and tokenizer; else None.
+        rows: which rows of the store it learned from, as `ClassSelection` says them; None where it was from all.
     """
 
     student: str
@@ -46,6 +47,7 @@ class StudentCard:
     preprocess: Mapping[str, Any]
     store: Mapping[str, Any]
     sequences: Mapping[str, Any] | None = None
+    rows: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The card as a JSON object."""
@@ -64,6 +66,7 @@ class StudentCard:
             preprocess=value["preprocess"],
             store=value["store"],
             sequences=value.get("sequences"),
+            rows=value.get("rows"),
         )
 
 

@@ -8,6 +8,9 @@ are from; the windows follow one another. So a reader fetches whole blocks, keep
 comes once an epoch. Batch b of the epoch is rows [b * batch_size, (b + 1) * batch_size) of that sequence, the last one
 shorter, and each rank takes its slice of every batch: the order does not know how many ranks there are.
 
+Where only some rows are chosen for an epoch, blocks without any are left out, and a window's chosen rows take its first
+places: what else its blocks hold is read with them, lies behind them and is never given.
+
 Random numbers are the raw output of Philox, a counter-based generator, keyed by (seed, epoch), and a permutation is a
 sort of them: neither changes between releases of numpy, as the shuffles of its `Generator` may.
 """
@@ -37,8 +40,9 @@ class Window:
     Attributes:
         start: place of its first row in the epoch.
         blocks: (first row, row after the last) of each block, ascending.
-        positions_R: for each row of the blocks, one after the other, its place in the window.
-        rows_R: the row at each place: the inverse.
+        positions_R: for each row of the blocks, one after the other, its place in the window; those of rows that are
+            not chosen lie behind all others.
+        rows_R: the chosen row at each place: the inverse.
     """
 
     start: int
@@ -52,7 +56,7 @@ class Window:
         return self.start + len(self.rows_R)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EpochOrder:
     """The order of one epoch's rows, from nothing but these numbers.
 
@@ -63,6 +67,7 @@ class EpochOrder:
         epoch: from 0.
         block_rows: rows that stay together until a window is shuffled, at least 1.
         window_blocks: blocks of a window, at least 1.
+        chosen_N: bool, one for each row of the layout, the rows that the epoch gives; None gives all.
     """
 
     layout: RowLayout
@@ -71,22 +76,33 @@ class EpochOrder:
     epoch: int
     block_rows: int
     window_blocks: int
+    chosen_N: NDArray[np.bool_] | None = None  # noqa: N815
 
     @cached_property
-    def _blocks(self) -> tuple[Indices, Indices]:
-        """First rows and sizes of all blocks, shuffled."""
+    def _blocks(self) -> tuple[Indices, Indices, Indices]:
+        """First rows, sizes and numbers of chosen rows of all blocks that have any, shuffled."""
         bounds = [self.layout.shard_bounds(shard) for shard in from_ranges(self.sealed)]
         starts_B = np.concatenate([np.arange(start, stop, self.block_rows) for start, stop in bounds])
         ends_B = np.concatenate(
             [np.minimum(np.arange(start, stop, self.block_rows) + self.block_rows, stop) for start, stop in bounds]
         )
+        sizes_B = ends_B - starts_B
+        counts_B = sizes_B
+        if self.chosen_N is not None:
+            counts_B = np.array([np.count_nonzero(self.chosen_N[a:b]) for a, b in zip(starts_B, ends_B, strict=True)])
+            kept_B = counts_B > 0
+            starts_B, sizes_B, counts_B = starts_B[kept_B], sizes_B[kept_B], counts_B[kept_B]
         shuffled_B = permutation(len(starts_B), self.seed, self.epoch, 0)
-        return starts_B[shuffled_B], (ends_B - starts_B)[shuffled_B]
+        return starts_B[shuffled_B], sizes_B[shuffled_B], counts_B[shuffled_B]
 
     @cached_property
     def _window_starts(self) -> Indices:
         """Place of each window's first row in the epoch, and the number of rows last."""
-        ends = np.cumsum(self._blocks[1])
+        return self._sums_of_windows(self._blocks[2])
+
+    def _sums_of_windows(self, sizes_B: Indices) -> Indices:
+        """What the blocks before each window have together, and all of them last."""
+        ends = np.cumsum(sizes_B)
         last = np.arange(1, self.num_windows + 1) * self.window_blocks - 1
         return np.concatenate([[0], ends[np.minimum(last, len(ends) - 1)]])
 
@@ -97,13 +113,13 @@ class EpochOrder:
 
     @property
     def num_rows(self) -> int:
-        """Rows in the epoch."""
+        """Rows in the epoch: the chosen ones; 0 where there are none."""
         return int(self._window_starts[-1])
 
     @property
     def max_window_rows(self) -> int:
-        """Rows of the largest window."""
-        return int(np.diff(self._window_starts).max())
+        """Rows of the largest window, with those that are read and not given."""
+        return int(np.diff(self._sums_of_windows(self._blocks[1])).max(initial=0))
 
     @cached_property
     def window(self) -> Callable[[int], Window]:
@@ -112,16 +128,29 @@ class EpochOrder:
 
     def _window(self, index: int) -> Window:
         members = slice(index * self.window_blocks, (index + 1) * self.window_blocks)
-        starts_B, sizes_B = (values[members] for values in self._blocks)
+        starts_B, sizes_B = (values[members] for values in self._blocks[:2])
         ascending = np.argsort(starts_B)
         starts_B, sizes_B = starts_B[ascending], sizes_B[ascending]
         offsets_B = np.cumsum(sizes_B) - sizes_B
         unshuffled_R = np.arange(sizes_B.sum()) + np.repeat(starts_B - offsets_B, sizes_B)
-        positions_R = permutation(len(unshuffled_R), self.seed, self.epoch, 1 + index)
+        positions_R = self._positions(unshuffled_R, index)
         rows_R = np.empty_like(unshuffled_R)
         rows_R[positions_R] = unshuffled_R
+        if self.chosen_N is not None:
+            rows_R = rows_R[: self._window_starts[index + 1] - self._window_starts[index]]
         blocks = tuple(zip(starts_B.tolist(), (starts_B + sizes_B).tolist(), strict=True))
         return Window(int(self._window_starts[index]), blocks, positions_R, rows_R)
+
+    def _positions(self, unshuffled_R: Indices, index: int) -> Indices:
+        """The place in a window of each of its rows: of the chosen ones any of the first, the others behind."""
+        if self.chosen_N is None:
+            return permutation(len(unshuffled_R), self.seed, self.epoch, 1 + index)
+        chosen_R = self.chosen_N[unshuffled_R]
+        count = int(np.count_nonzero(chosen_R))
+        positions_R = np.empty_like(unshuffled_R)
+        positions_R[chosen_R] = permutation(count, self.seed, self.epoch, 1 + index)
+        positions_R[~chosen_R] = np.arange(count, len(unshuffled_R))
+        return positions_R
 
     def window_at(self, place: int) -> int:
         """Index of the window that holds a place of the epoch."""

@@ -52,6 +52,7 @@ from studenttrain.epochs import EPOCHS
 from studenttrain.export import CARD, StudentCard, fill_weights, load_card, load_student, say_difference
 from studenttrain.metrics import METRICS, TENSORBOARD
 from studenttrain.models import build_model
+from studenttrain.selection import RowClasses, RowSelection, choose_classes
 
 MAX_READERS = 8
 MOST_TIMES_ITS_ROWS = 1000  # a store of so many times the samples of its corpus is not looked at further
@@ -88,6 +89,7 @@ class Prepared:
         validation: what the student is tried on, or None.
         card: what the student will be.
         readers: threads that read samples.
+        selection: the rows that the student sees; None for all.
     """
 
     store: Store
@@ -98,6 +100,7 @@ class Prepared:
     validation: Validation | None
     card: StudentCard
     readers: int
+    selection: RowSelection | None = None
 
     @property
     def is_tokens(self) -> bool:
@@ -139,6 +142,7 @@ def prepare(config: FitConfig, store: Store, stack: contextlib.ExitStack) -> Pre
     if isinstance(store, Series):  # what is known of the first rows must not decide for all
         has_hard_targets = store.manifest.has_hard_targets
     objective = choose_objective(config, store.manifest, has_hard_targets or store.manifest.sequences is not None)
+    selection = choose_classes(config.only_classes, config.without_classes, RowClasses(store, corpus))
     return Prepared(
         store=store,
         corpus=corpus,
@@ -154,8 +158,10 @@ def prepare(config: FitConfig, store: Store, stack: contextlib.ExitStack) -> Pre
             preprocess=dict(store.manifest.preprocess),
             store=store_identity(store),
             sequences=None if store.manifest.sequences is None else store.manifest.sequences.to_json(),
+            rows=None if selection is None else selection.to_json(),
         ),
         readers=config.readers or default_readers(),
+        selection=selection,
     )
 
 

@@ -36,6 +36,7 @@ from studenttrain.order import (
     choose_window_blocks,
     num_batches,
 )
+from studenttrain.selection import RowSelection
 from studenttrain.window import TargetBatch, TargetReader
 
 MAX_READERS = 8
@@ -102,6 +103,7 @@ class TargetStream:
         prefetch: batches that are at least read ahead, from 1.
         block_rows: of the order; None chooses it by the store.
         window_blocks: of the order; None chooses it by the store.
+        selection: chooses the rows of each epoch; None gives all. It is no part of the state: give the same one again.
 
     Attributes:
         ready: batches that are whole and come next, in order; there may be none, or more than are waited for.
@@ -125,6 +127,7 @@ class TargetStream:
         prefetch: int = 2,
         block_rows: int | None = None,
         window_blocks: int | None = None,
+        selection: RowSelection | None = None,
     ) -> None:
         if batch_size < 1 or prefetch < 1 or (readers is not None and readers < 1):
             raise ValueError(
@@ -137,6 +140,7 @@ class TargetStream:
         self.store, self.corpus, self.preprocess = store, corpus, preprocess
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.arrays = tuple(arrays)
+        self.selection = selection
         self._prefetch = prefetch
         self._block_rows = block_rows or choose_block_rows(store.manifest)
         self._window_blocks = window_blocks or choose_window_blocks(store.manifest, self._block_rows)
@@ -188,7 +192,7 @@ class TargetStream:
                 while a dump is still running, since each may see another moment of it.
 
         Raises:
-            NotSealedError: no shard is sealed yet.
+            NotSealedError: no shard is sealed yet, or none with a row that is chosen.
         """
         if self._order is None:
             shards = self.store.sealed_shards() if sealed is None else sealed
@@ -200,7 +204,16 @@ class TargetStream:
         return self._order
 
     def _order_of(self, sealed: tuple[tuple[int, int], ...]) -> EpochOrder:
-        return EpochOrder(self.store.layout, sealed, self.seed, self._epoch, self._block_rows, self._window_blocks)
+        chosen_N = None if self.selection is None else self.selection.chosen(self._epoch, from_ranges(sealed))
+        order = EpochOrder(
+            self.store.layout, sealed, self.seed, self._epoch, self._block_rows, self._window_blocks, chosen_N
+        )
+        if not order.num_rows:
+            raise NotSealedError(
+                f"{self.store.path}: expected a sealed row that is chosen, got none yet; wait until the dump has "
+                "sealed one, or choose other rows"
+            )
+        return order
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, as a small JSON value: after the last batch that it gave.

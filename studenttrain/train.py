@@ -39,6 +39,7 @@ from studenttrain.preparation import (
     with_all_rows,
 )
 from studenttrain.schedule import learning_rate
+from studenttrain.selection import ClassSelection
 from studenttrain.step import BatchLoader, Counts, LearningBatch, count_rows, load_batch, train_step
 from studenttrain.stream import StudentBatch, TargetStream
 from studenttrain.targets import target_head
@@ -290,6 +291,7 @@ def open_stream(run: Run) -> TargetStream:
         readers=prepared.readers,
         block_rows=None if run.replay is None else run.replay.block_rows,
         window_blocks=None if run.replay is None else run.replay.window_blocks,
+        selection=prepared.selection,
     )
 
 
@@ -344,13 +346,20 @@ def describe_start(run: Run, learner: Learner, stream: TargetStream) -> str:
         parts.append(f"{1 - objective.alpha:g} x hard targets")
     begin = "training" if learner.step == 0 else f"going on after step {format_count(learner.step)}:"
     rows = f"{format_count(stream.num_rows)} rows"
-    num_refused = sum(len(store.seal(shard).quarantine) for shard in from_ranges(stream.begin_epoch().sealed))
+    order = stream.begin_epoch()
+    shards, chosen_N = from_ranges(order.sealed), order.chosen_N
+    num_sealed = sum(stop - start for start, stop in map(store.layout.shard_bounds, shards))
+    if isinstance(run.prepared.selection, ClassSelection):
+        rows = f"{format_count(stream.num_rows)} of {format_count(num_sealed)} rows: "
+        rows += run.prepared.selection.describe()
+    refused = [entry.row for shard in shards for entry in store.seal(shard).quarantine]
+    num_refused = len(refused) if chosen_N is None else sum(bool(chosen_N[row]) for row in refused)
     if num_refused:
         rows += f", {format_count(num_refused)} of them refused by the teacher's run"
     text = f"{begin} {config.student} on {rows} ({' + '.join(parts)}), {run.world.device}"
-    if stream.num_rows < store.manifest.num_rows and not store.finalized:
+    if num_sealed < store.manifest.num_rows and not store.finalized:
         text += (
-            f"\n{format_count(stream.num_rows)} of {format_count(store.manifest.num_rows)} rows are sealed so far; "
+            f"\n{format_count(num_sealed)} of {format_count(store.manifest.num_rows)} rows are sealed so far; "
             "each epoch takes those that are sealed when it begins"
         )
     elif isinstance(store, Series) and run.replay is None:

@@ -1,11 +1,13 @@
 """The order of an epoch: a bijection, from numbers alone."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from storage.encodings import Dense, Encoding, TopK
 from storage.layout import Layout, from_ranges, to_ranges
@@ -117,6 +119,61 @@ def test_a_window_is_its_blocks_shuffled_and_no_larger_than_it_may_be(order: Epo
             assert order.layout.shard_of(first) == order.layout.shard_of(end - 1)
         start = window.stop
     assert start == order.num_rows
+
+
+@st.composite
+def chosen_orders(draw: st.DrawFn) -> tuple[EpochOrder, NDArray[np.bool_]]:
+    """Orders that give some of their rows, and which these are."""
+    order = draw(orders())
+    share = draw(st.sampled_from([0.0, 0.05, 0.5, 1.0]))
+    chosen_N = np.random.default_rng(draw(st.integers(0, 99))).random(order.layout.num_rows) < share
+    return replace(order, chosen_N=chosen_N), chosen_N
+
+
+@settings(deadline=None)
+@given(chosen_orders())
+def test_every_chosen_row_comes_once_an_epoch_and_no_other(drawn: tuple[EpochOrder, NDArray[np.bool_]]) -> None:
+    order, chosen_N = drawn
+    rows = order.rows(0, order.num_rows).tolist()
+    assert sorted(rows) == [row for row in sealed_rows(order) if chosen_N[row]]
+
+
+@settings(deadline=None)
+@given(chosen_orders())
+def test_a_window_of_chosen_rows_has_them_first_and_no_block_without_any(
+    drawn: tuple[EpochOrder, NDArray[np.bool_]],
+) -> None:
+    order, chosen_N = drawn
+    start = 0
+    for index in range(order.num_windows):
+        window = order.window(index)
+        rows = np.concatenate([np.arange(*block) for block in window.blocks])
+        assert sorted(window.positions_R.tolist()) == list(range(len(rows)))
+        assert window.rows_R[window.positions_R[chosen_N[rows]]].tolist() == rows[chosen_N[rows]].tolist()
+        assert window.start == start
+        assert all(chosen_N[first:end].any() for first, end in window.blocks)
+        assert len(rows) <= order.max_window_rows <= order.window_blocks * order.block_rows
+        start = window.stop
+    assert start == order.num_rows
+
+
+@settings(deadline=None)
+@given(chosen_orders(), st.data())
+def test_any_stretch_of_chosen_rows_is_read_without_what_is_before_it(
+    drawn: tuple[EpochOrder, NDArray[np.bool_]], data: st.DataObject
+) -> None:
+    order, _ = drawn
+    start = data.draw(st.integers(0, order.num_rows))
+    stop = data.draw(st.integers(start, order.num_rows))
+    assert replace(order).rows(start, stop).tolist() == order.rows(0, order.num_rows)[start:stop].tolist()
+
+
+@settings(deadline=None)
+@given(orders())
+def test_choosing_all_rows_is_choosing_none(order: EpochOrder) -> None:
+    of_all = replace(order, chosen_N=np.ones(order.layout.num_rows, bool))
+    assert of_all.rows(0, of_all.num_rows).tolist() == order.rows(0, order.num_rows).tolist()
+    assert of_all.max_window_rows == order.max_window_rows
 
 
 @settings(deadline=None)
