@@ -49,6 +49,22 @@ class KeptMass:
 
 
 @dataclass(frozen=True)
+class ClassMass:
+    """Mean soft-target mass of each class at T = 1: what the teacher says its share of the rows is.
+
+    Attributes:
+        mean: of each class; with `tail` they sum to one. Of topk, what its kept entries hold.
+        tail: mean mass that the kept entries of topk leave: of which classes it is, is not known. Else 0.
+        elsewhere: mean mass of each class in those whose top-1 is another class: what is left of it where these alone
+            are learned from. None where it is the top-1 of all.
+    """
+
+    mean: tuple[float, ...]
+    tail: float
+    elsewhere: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
 class Refused:
     """Rows without targets for one reason.
 
@@ -99,6 +115,10 @@ class Stats:
         num_tokens: of sequences, the positions that are counted: those of rows with targets whose next token is of the
             same document; None where a row is one distribution.
         top1_counts: distributions by top-1 class: the class of the largest logit, or the one that was drawn most often.
+        class_mass: at T = 1, or None where the store is not exact there.
+        class_mass_unknown: why there is none, or None.
+        starved_classes: classes with less than a tenth of an equal share of the mass, or of the top-1 classes where the
+            mass is not known: students of the store will hardly ever answer them. Empty of sequences, and of few rows.
         num_top1_ties: dense stores: those whose stored values name more than one class as top-1; the lowest is counted.
         entropy: at T = 1.
         kept_mass: at each declared temperature; empty where the encoding is not topk.
@@ -120,6 +140,9 @@ class Stats:
     num_positions: int
     num_tokens: int | None
     top1_counts: tuple[int, ...]
+    class_mass: ClassMass | None
+    class_mass_unknown: str | None
+    starved_classes: tuple[int, ...]
     num_top1_ties: int
     entropy: Entropy
     kept_mass: tuple[KeptMass, ...]

@@ -44,6 +44,26 @@ def top1_classes(encoding: Hidden, head: HeadArrays, hidden_RW: Array) -> Array:
     return found_R
 
 
+def top1_and_lse(encoding: Hidden, head: HeadArrays, hidden_RW: Array) -> tuple[Array, Array, Array]:
+    """What `top1_classes` gives, the largest logit, and the lse of the centred ones at T = 1, in one product.
+
+    Returns:
+        int64 (R,), float64 (R,) and float64 (R,).
+    """
+    top1_R = np.zeros(len(hidden_RW), np.int64)
+    max_R, sum_R = np.full(len(hidden_RW), -np.inf), np.zeros(len(hidden_RW))
+    for first, logits_RB in logit_blocks(encoding, head, hidden_RW):
+        place_R = logits_RB.argmax(axis=1)
+        value_R = np.take_along_axis(logits_RB, place_R[:, None], axis=1)[:, 0]
+        is_better_R = value_R > max_R
+        top1_R[is_better_R] = place_R[is_better_R] + first
+        higher_R = np.maximum(max_R, value_R)
+        sum_R *= np.exp(max_R - higher_R)
+        sum_R += np.exp(logits_RB - higher_R.astype(np.float32)[:, None]).sum(axis=1)
+        max_R = higher_R
+    return top1_R, max_R, np.log(sum_R)
+
+
 def max_and_lse(
     encoding: Hidden, head: HeadArrays, hidden_RW: Array, temperatures: Sequence[float]
 ) -> tuple[Array, Array]:

@@ -19,6 +19,7 @@ from storage.errors import DamageError, NotSealedError
 from storage.head import head_records
 from storage.manifest import Manifest
 from storage.reader import Store, open_store
+from storage.scan.class_mass import MassCounts, mass_is_unknown, starved_classes
 from storage.scan.figures import Agreement, Entropy, KeptMass, Refused, Stats
 from storage.scan.passes import Progress, blocks, fold_shards, one_at_a_time
 from storage.scan.recompute import top1_classes
@@ -51,14 +52,15 @@ def stats(path: str | Path, *, num_workers: int | None = None, progress: Progres
     with open_store(path) as store:
         sealed = store.sealed_shards()
         advance, head, classes = one_at_a_time(progress), store.head(), _ClassCounts(store.manifest, store.path)
+        mass = MassCounts(store) if mass_is_unknown(store.manifest) is None else None
 
         def count(shard: int) -> _Tally:
-            return _tally_shard(store, shard, head, advance, classes)
+            return _tally_shard(store, shard, head, advance, classes, mass)
 
         tally = fold_shards(sealed, count, _Tally.merge, num_workers)
         if tally is None:
             raise NotSealedError(f"{path}: expected rows to count, got no sealed shard; resume the dump first")
-        return _to_stats(store, tally)
+        return _to_stats(store, tally, mass)
 
 
 @dataclass
@@ -154,11 +156,20 @@ def _has_hard_targets(manifest: Manifest) -> bool:
 def _names(manifest: Manifest) -> list[str]:
     """The arrays that are counted."""
     wanted = {"status", "entropy", "hard_target", "hard_target_logprob", "token_ids", "position_ids"}
-    wanted |= {"ids", "log_tail", "counts", "hidden"} if manifest.encoding.name != "dense" else {"values"}
+    wanted |= {"values", "value_range", "ids", "lse", "log_tail", "counts", "hidden"}
+    if mass_is_unknown(manifest) is not None:
+        wanted -= {"values", "value_range", "lse"}  # a topk store's top-1 is its first id
     return [spec.name for spec in manifest.arrays if spec.name in wanted]
 
 
-def _tally_shard(store: Store, shard: int, head: HeadArrays | None, advance: Progress, classes: _ClassCounts) -> _Tally:
+def _tally_shard(
+    store: Store,
+    shard: int,
+    head: HeadArrays | None,
+    advance: Progress,
+    classes: _ClassCounts,
+    mass: MassCounts | None,
+) -> _Tally:
     manifest = store.manifest
     tally = _Tally.empty(manifest, classes)
     for entry in store.seal(shard).quarantine:
@@ -172,7 +183,7 @@ def _tally_shard(store: Store, shard: int, head: HeadArrays | None, advance: Pro
             arrays = {name: values[status_N == STATUS_OK] for name, values in arrays.items()}
         counted = _counted(manifest, arrays)
         if len(counted["entropy"]):
-            _tally_rows(tally, manifest, counted, head)
+            _tally_rows(tally, manifest, counted, head, mass)
         advance(block.stop - block.start)
     return tally
 
@@ -188,9 +199,16 @@ def _counted(manifest: Manifest, arrays: Arrays) -> Arrays:
     return flat if is_target_R.all() else {name: values[is_target_R] for name, values in flat.items()}
 
 
-def _tally_rows(tally: _Tally, manifest: Manifest, arrays: Arrays, head: HeadArrays | None) -> None:
+def _tally_rows(
+    tally: _Tally, manifest: Manifest, arrays: Arrays, head: HeadArrays | None, mass: MassCounts | None
+) -> None:
     """Count distributions."""
-    top1_R = _top1(tally, manifest, arrays, head)
+    if mass is not None and isinstance(manifest.encoding, Hidden):
+        top1_R = mass.add(arrays, head)  # in the products that it needs anyway
+    else:
+        top1_R = _top1(tally, manifest, arrays, head)
+        if mass is not None:
+            mass.add(arrays, head)
     tally.classes.add(top1_R, arrays.get("hard_target"))
     if "log_tail" in arrays:
         _tally_tails(tally, arrays["log_tail"])
@@ -242,8 +260,10 @@ def _tail_of(bins: Array) -> Array:
     return tails
 
 
-def _to_stats(store: Store, tally: _Tally) -> Stats:
+def _to_stats(store: Store, tally: _Tally, mass: MassCounts | None) -> Stats:
     manifest, num_counted = store.manifest, int(tally.classes.top1.sum())
+    class_mass = None if mass is None else mass.mass()
+    shares_C = tally.classes.top1 if class_mass is None else np.asarray(class_mass.mean)
     head = store.head()
     edges = np.linspace(0, math.log(manifest.num_classes) or 1.0, ENTROPY_BINS + 1)
     refused = []
@@ -268,6 +288,9 @@ def _to_stats(store: Store, tally: _Tally) -> Stats:
         num_positions=1 if manifest.sequences is None else manifest.sequences.num_positions,
         num_tokens=None if manifest.sequences is None else num_counted,
         top1_counts=_ints(tally.classes.top1),
+        class_mass=class_mass,
+        class_mass_unknown=mass_is_unknown(manifest),
+        starved_classes=starved_classes(shares_C, num_counted) if manifest.sequences is None else (),
         num_top1_ties=tally.num_ties,
         entropy=Entropy(
             tuple(edges.tolist()), _ints(tally.entropy), tally.entropy_sum / num_counted if num_counted else math.nan
