@@ -25,15 +25,15 @@ def probs_of(manifest: Manifest) -> Array:
     """What the teacher says at T = 1 in the rows with targets, of sequences where there is a target, float64 (R, C)."""
     logits_RC = logits_of(manifest).astype(np.float64)
     exps_RC = np.exp(logits_RC - logits_RC.max(axis=1, keepdims=True))
-    return (exps_RC / exps_RC.sum(axis=1, keepdims=True))[is_counted(manifest)]
+    probs_RC: Array = (exps_RC / exps_RC.sum(axis=1, keepdims=True))[is_counted(manifest)]
+    return probs_RC
 
 
 def is_counted(manifest: Manifest) -> Array:
     """Which distributions are counted."""
-    row_R = np.repeat(np.isin(np.arange(manifest.num_rows), ROWS), num_positions_of(manifest))
-    if manifest.sequences is not None:
-        row_R &= hard_targets_of(manifest) >= 0
-    return row_R
+    rows = np.delete(np.arange(manifest.num_rows), [BLURRED, BROKEN])
+    row_R: Array = np.repeat(np.isin(np.arange(manifest.num_rows), rows), num_positions_of(manifest))
+    return row_R if manifest.sequences is None else row_R & (hard_targets_of(manifest) >= 0)
 
 
 def kept_of(probs_RC: Array, k: int) -> Array:
@@ -225,12 +225,4 @@ def test_the_pass_takes_hidden_states_of_more_rows_than_a_batch(tmp_path: Path) 
     assert isinstance(encoding, Hidden)
     manifest = manifest_of(num_rows=1300, num_classes=40, encoding=encoding, shard_rows=1300, chunk_rows=1300)
     found = measured(write_store(tmp_path / "a.zarr", manifest))
-    probs_RC = probs_of_all(manifest)
-    np.testing.assert_allclose(found.covariance_CC, np.cov(probs_RC.T, bias=True), atol=3e-3)
-
-
-def probs_of_all(manifest: Manifest) -> Array:
-    logits_RC = logits_of(manifest).astype(np.float64)
-    logits_RC = np.delete(logits_RC, [BLURRED, BROKEN], axis=0)
-    exps_RC = np.exp(logits_RC - logits_RC.max(axis=1, keepdims=True))
-    return exps_RC / exps_RC.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found.covariance_CC, np.cov(probs_of(manifest).T, bias=True), atol=3e-3)
