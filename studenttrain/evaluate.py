@@ -40,6 +40,7 @@ def evaluate(
     precision: Precision = "fp32",
     readers: int = 1,
     advance: Callable[[int], None] | None = None,
+    hard_targets: NDArray[np.int32] | None = None,
 ) -> EvalFigures:
     """What a student does on all samples of a corpus, in one pass; each rank takes its share of the batches.
 
@@ -56,13 +57,15 @@ def evaluate(
         precision: of the student's forward pass.
         readers: threads that read samples, at least 1.
         advance: called with the number of samples that each batch brought.
+        hard_targets: of each sample; None takes those of the corpus, where it has any.
 
     Raises:
         CorpusMismatchError: a sample is not the one that the store's row was made from.
         CorpusError: a hard target is not one of the student's classes.
     """
     tally, was_training = Tally(), model.training
-    hard_targets = None if corpus.hard_targets is None else torch.from_numpy(corpus.hard_targets.astype(np.int64))
+    stated = corpus.hard_targets if hard_targets is None else hard_targets
+    hard_targets_N = None if stated is None else torch.from_numpy(stated.astype(np.int64))
     is_tokens = corpus.sample_kind == "tokens"
     if is_tokens:
         batch_size = max(1, min(batch_size, BATCH_POSITIONS // preprocess.shape[1]))
@@ -71,7 +74,7 @@ def evaluate(
     model.eval()
     try:
         with torch.inference_mode():
-            for batch in _read_ahead(corpus, batches, preprocess, readers):
+            for batch in read_ahead(corpus, batches, preprocess, readers):
                 rows_N = batch.rows_N
                 teacher_top1_N = None if store is None else _checked_top1(store, corpus, batch)
                 good = [position for position in range(len(rows_N)) if position not in batch.errors]
@@ -84,7 +87,7 @@ def evaluate(
                 if is_tokens:
                     known_R: Tensor | None = sequence_targets(inputs)
                 else:
-                    known_R = None if hard_targets is None else hard_targets[torch.from_numpy(rows_N[good])]
+                    known_R = None if hard_targets_N is None else hard_targets_N[torch.from_numpy(rows_N[good])]
                 top1_R = None if teacher_top1_N is None else teacher_top1_N.view(len(rows_N), -1)[good].flatten()
                 with autocast(precision, world.device):
                     start = 0
@@ -179,10 +182,17 @@ def _checked_top1(store: Store, corpus: Corpus, batch: Batch) -> Tensor:
     return torch.from_numpy(stored_top1(store, start, stop))
 
 
-def _read_ahead(
+def read_ahead(
     corpus: Corpus, batches: list[NDArray[np.int64]], preprocess: Preprocess, readers: int
 ) -> Iterator[Batch]:
-    """The batches in order, the next one read while this one is used."""
+    """The batches in order, the next one read while this one is used.
+
+    Args:
+        corpus: what is read.
+        batches: rows of each.
+        preprocess: how a sample becomes an input.
+        readers: threads that read samples, at least 1.
+    """
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(readers))
         ahead = stack.enter_context(ThreadPoolExecutor(1))

@@ -18,6 +18,7 @@ from storage.errors import StudentError
 from studenttrain.checkpoint import CHECKPOINT, load_checkpoint, write_durably
 from studenttrain.language import takes_position_ids
 from studenttrain.models import build_model
+from studenttrain.specialists.head import cut_head
 
 WEIGHTS = "student.safetensors"
 PROGRAM = "student.pt2"
@@ -38,6 +39,8 @@ class StudentCard:
         store: `digest` of what the store's manifest says, and the `content_digest` where it was finalized.
         sequences: of a language model, what the store says of its sequences: positions and tokenizer; else None.
         rows: which rows of the store it learned from, as `ClassSelection` says them; None where it was from all.
+        specialist: of a specialist, whose logits are of its own classes and a dustbin, last: which these are, of how
+            many, and what `Specialty.narrow` says of its rows; else None.
     """
 
     student: str
@@ -48,6 +51,7 @@ class StudentCard:
     store: Mapping[str, Any]
     sequences: Mapping[str, Any] | None = None
     rows: Mapping[str, Any] | None = None
+    specialist: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The card as a JSON object."""
@@ -67,6 +71,8 @@ class StudentCard:
             store=value["store"],
             sequences=value.get("sequences"),
             rows=value.get("rows"),
+            calibration=value.get("calibration"),
+            specialist=value.get("specialist"),
         )
 
 
@@ -76,6 +82,9 @@ def build_carded(card: StudentCard) -> nn.Module:
     Raises:
         StudentError: it can't be built.
     """
+    if card.specialist is not None:
+        model = build_model(card.student, card.specialist["num_classes"], card.input_shape)
+        return cut_head(model, card.specialist["classes"], card.input_shape, f"student '{card.student}'")
     if card.sequences is None:
         return build_model(card.student, card.num_classes, card.input_shape)
     return build_model(card.student, card.num_classes, num_positions=card.sequences["num_positions"])

@@ -75,6 +75,11 @@ def try_student(
         world = stack.enter_context(join_world(device))
         model, card = load_student(Path(checkpoint))
         where = f"student '{checkpoint}'"
+        if card.specialist is not None:
+            raise MismatchError(
+                f"{where}: expected a student of all classes, got a specialist, which knows {card.num_classes - 1} and "
+                "a dustbin; give the folder of all specialists to studenttrain specialists eval"
+            )
         store = None if targets is None else stack.enter_context(open_targets(targets))
         if store is not None:
             check_same_classes(store, card.num_classes, card.class_names, where)
@@ -100,10 +105,10 @@ def try_student(
             )
         else:
             columns = Columns(image_column, label_column)
-            corpus = open_data(data, corpus_kind, labels, array, _sequence_options(card, options), store, columns)
+            corpus = open_data(data, corpus_kind, labels, array, sequence_options_of(card, options), store, columns)
         preprocess = Preprocess.from_json(card.preprocess)
         check_student_input(preprocess, corpus, "--data")
-        _check_tokenizers(card, corpus, store, where)
+        check_tokenizers(card, corpus, store, where)
         check_class_names(f"corpus '{data}'", corpus.class_names, card.class_names, where)
         check_hard_targets(corpus, card.num_classes)
         if store is not None:
@@ -122,7 +127,7 @@ def try_student(
             )
 
 
-def _sequence_options(card: StudentCard, options: Mapping[str, Any]) -> SequenceOptions | None:
+def sequence_options_of(card: StudentCard, options: Mapping[str, Any]) -> SequenceOptions | None:
     """How a corpus of tokens or text is read for a language model; None for other students."""
     if card.sequences is not None:
         return SequenceOptions(
@@ -150,7 +155,7 @@ def _stored_corpus(store: Store | None, card: StudentCard, ignored: Mapping[str,
     return StoredTokens(store)
 
 
-def _check_tokenizers(card: StudentCard, corpus: Corpus, store: Store | None, where: str) -> None:
+def check_tokenizers(card: StudentCard, corpus: Corpus, store: Store | None, where: str) -> None:
     """Refuse a corpus, or a store, of another tokenizer than the student's."""
     expected = None if card.sequences is None else card.sequences["tokenizer"]
     found: dict[str, str | None] = {}
