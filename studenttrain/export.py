@@ -39,6 +39,7 @@ class StudentCard:
         store: `digest` of what the store's manifest says, and the `content_digest` where it was finalized.
         sequences: of a language model, what the store says of its sequences: positions and tokenizer; else None.
         rows: which rows of the store it learned from, as `ClassSelection` says them; None where it was from all.
+        calibration: what `studenttrain calibrate` folded into its last layer, and from what; None where it did not.
         specialist: of a specialist, whose logits are of its own classes and a dustbin, last: which these are, of how
             many, and what `Specialty.narrow` says of its rows; else None.
     """
@@ -51,6 +52,7 @@ class StudentCard:
     store: Mapping[str, Any]
     sequences: Mapping[str, Any] | None = None
     rows: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
     specialist: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
