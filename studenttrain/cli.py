@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from storage.console import command_errors
+from studenttrain.calibrate_cli import calibrate_command
 from studenttrain.specialists.cli import specialists_group
 
 CORPUS_HELP = "images (a folder), idx, arrays, webdataset or parquet; found from what is there"
@@ -18,6 +19,7 @@ def main() -> None:
     """Train students from stored soft targets; the teacher is not needed any more."""
 
 
+main.add_command(calibrate_command)
 main.add_command(specialists_group)
 
 

@@ -1,0 +1,270 @@
+"""A student calibrated without labels: biases that give each class its share, and a temperature.
+
+Legend: N batch, R distributions, C classes.
+
+A student learns the prior of its transfer set. Where that lacks classes, their logits are too low for what the student
+will meet, though it knows them from soft targets (Hinton, Vinyals and Dean 2015, section 3). Biases raise them again.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from storage.backends.files import clear_os_errors
+from storage.console import progress
+from storage.corpus import Corpus, Preprocess
+from storage.corpus.labels import NO_LABELS
+from storage.corpus.parquet_columns import Columns
+from storage.encodings import check_temperature
+from storage.errors import CorpusError, PathError, StudentError
+from storage.reader import Store, open_store
+from studenttrain.answers import answers
+from studenttrain.calibration_config import CalibrationConfig
+from studenttrain.calibration_fit import fit_temperature, match_biases, mean_mass, shift_biases
+from studenttrain.calibration_fold import check_folded, check_not_tied, fold, last_layer
+from studenttrain.calibration_logits import Gathered, Spool, Targets, digest_of, gather
+from studenttrain.calibration_prior import UNIFORM, Prior, read_prior
+from studenttrain.calibration_result import CalibrationResult
+from studenttrain.checks import (
+    check_class_names,
+    check_hard_targets,
+    check_row_count,
+    check_same_classes,
+    open_targets,
+    store_identity,
+    weights_digest,
+)
+from studenttrain.distributed import choose_device
+from studenttrain.evaluate import BATCH_POSITIONS
+from studenttrain.export import CARD, PROGRAM, WEIGHTS, StudentCard, export_student, load_card, load_student
+from studenttrain.preparation import check_student_input, default_readers, open_data
+from studenttrain.trial import check_tokenizers, sequence_options_of
+
+# What says that a calibration is the same: the rest is worked out from it.
+ASKED = ("method", "temperature_from", "student", "data", "prior", "targets")
+OPTIONS_OF_SEQUENCES = ("tokenizer", "token_dtype", "boundaries", "separator", "text_field")
+FILES = frozenset({WEIGHTS, CARD, PROGRAM})
+
+
+def calibrate(config: CalibrationConfig, *, quiet: bool = False) -> CalibrationResult:
+    """Calibrate a student, and write it as one that is used like any other.
+
+    The temperature comes first, then the biases of what it gives. Logits of the corpus are computed once, and kept in
+    memory, or beyond 256 MiB in a file in `out` that has no name.
+
+    Args:
+        config: the options.
+        quiet: show no progress.
+
+    Raises:
+        StoreError: the student, the corpus, the prior or the store can't be used, or they don't fit each other.
+        ValueError: an option that the corpus has no use for.
+    """
+    device, where = choose_device(config.device), f"student '{config.checkpoint}'"
+    model, card = load_student(Path(config.checkpoint))
+    if card.specialist is not None:
+        raise StudentError(
+            f"{where}: expected a student of all classes, got a specialist, whose dustbin has no share of its own; "
+            "calibrate the generalist, or the student that the whole is distilled into"
+        )
+    head = last_layer(model, card.num_classes, where, needs_bias=config.prior is not None)
+    if config.temperature != "none":
+        check_not_tied(model, head, where)
+    with contextlib.ExitStack() as stack:
+        store = None if config.targets is None else stack.enter_context(_open_store(config.targets, card, where))
+        corpus = _open_data(config, card, store, where)
+        folder = _take_folder(config)
+        student = weights_digest(model.state_dict())
+        prior = None if config.prior is None else _read_prior(config.prior, card, where, quiet)
+        asked: dict[str, Any] = {
+            "method": None if prior is None else config.method or "match",
+            "temperature_from": config.temperature,
+            "student": student,
+            "data": {"kind": corpus.kind, "fingerprint": corpus.fingerprint},
+            "prior": None if prior is None else dict(prior.source),
+            "targets": None if store is None else store_identity(store),
+        }
+        _check_same(folder, asked)
+        spool = stack.enter_context(Spool(folder))
+        targets = None if config.temperature == "none" else Targets(corpus, store)
+        with progress(corpus.num_samples, "samples", "calibrating", quiet=quiet) as bar:
+            gathered = gather(
+                model.to(device),
+                corpus,
+                Preprocess.from_json(card.preprocess),
+                spool,
+                num_classes=card.num_classes,
+                targets=targets,
+                device=device,
+                batch_size=_batch_size(config, card),
+                readers=config.readers or default_readers(),
+                advance=bar.advance,
+            )
+        asked["data"] |= _data_of(gathered, corpus, config)
+        was_there = _check_same(folder, asked)
+        record = {**asked, **_fitted(spool, prior, asked, store), "earlier": card.calibration}
+    before_NC = _logits(model.cpu(), gathered.inputs, card)
+    bias_C = None if record["bias"] is None else np.array(record["bias"])
+    fold(head, record["temperature"], bias_C)
+    check_folded(before_NC, _logits(model, gathered.inputs, card), record["temperature"], bias_C, where)
+    card = replace(card, calibration=record)
+    reason = export_student(folder, model, card)
+    files = (WEIGHTS, CARD) if reason is not None else (WEIGHTS, CARD, PROGRAM)
+    probs = None if prior is None else tuple(prior.probs_C.tolist())
+    return CalibrationResult(config.out, card, probs, None if prior is None else prior.note, files, reason, was_there)
+
+
+def _fitted(spool: Spool, prior: Prior | None, asked: Mapping[str, Any], store: Store | None) -> dict[str, Any]:
+    """Temperature, then biases, and the figures before and after."""
+    found: dict[str, Any] = {"temperature": 1.0, "loss": None, "bias": None, "mass": None, "fit": None}
+    if asked["temperature_from"] != "none":
+        temperature = fit_temperature(spool.blocks)
+        of = "NLL of the hard targets" if store is None else "cross entropy to the stored targets"
+        found |= {
+            "temperature": temperature.temperature,
+            "loss": {"of": of, "before": temperature.before, "after": temperature.after},
+        }
+    if prior is None:
+        return found
+    temperature = found["temperature"]
+    prior_C = prior.probs_C
+    before_C = mean_mass(spool.blocks, np.zeros(len(prior_C)), temperature)
+    num_passes: int | None = None
+    if asked["method"] == "shift":
+        _check_mass(before_C)
+        bias_C = shift_biases(before_C, prior_C)
+    else:
+        fit = match_biases(spool.blocks, prior_C, temperature)
+        bias_C, num_passes = fit.bias_C, fit.num_passes
+    after_C = mean_mass(spool.blocks, bias_C, temperature)
+    mass = {"before": before_C.tolist(), "after": after_C.tolist(), "prior": prior_C.tolist()}
+    error = float(abs(after_C / prior_C - 1).max())
+    return found | {"bias": bias_C.tolist(), "mass": mass, "fit": {"num_passes": num_passes, "error": error}}
+
+
+def _check_mass(mass_C: NDArray[np.float64]) -> None:
+    if not (mass_C > 0).all():
+        raise StudentError(
+            f"student: expected some mass for each class over --data, got none for class {int(np.argmin(mass_C))}, "
+            "from which no bias can be told; use --method match, on data in which the class occurs"
+        )
+
+
+def _open_store(path: str, card: StudentCard, where: str) -> Store:
+    """The store of soft targets that a temperature is fitted to."""
+    store = open_targets(path)
+    try:
+        check_same_classes(store, card.num_classes, card.class_names, where)
+        check_temperature(store.manifest.encoding, 1.0, store.manifest.temperatures)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _open_data(config: CalibrationConfig, card: StudentCard, store: Store | None, where: str) -> Corpus:
+    """The corpus, without its labels where none is asked for."""
+    options = {name: getattr(config, name) for name in OPTIONS_OF_SEQUENCES}
+    sequence, needs_labels = sequence_options_of(card, options), config.temperature == "labels"
+    labels = config.labels if needs_labels or sequence is not None else NO_LABELS
+    columns = Columns(config.image_column, config.label_column)
+    corpus = open_data(config.data, config.corpus_kind, labels, config.array, sequence, store, columns)
+    check_student_input(Preprocess.from_json(card.preprocess), corpus, "--data")
+    check_tokenizers(card, corpus, store, where)
+    if store is not None:
+        check_row_count(store, corpus)
+    if needs_labels and sequence is None:
+        check_class_names(f"corpus '{config.data}'", corpus.class_names, card.class_names, where)
+        hard_targets = check_hard_targets(corpus, card.num_classes)
+        if hard_targets is None or not (hard_targets >= 0).any():
+            raise CorpusError(
+                f"corpus '{config.data}': expected hard targets to fit a temperature to, got none; give --labels, or "
+                "--temperature targets and a store"
+            )
+    return corpus
+
+
+def _read_prior(text: str, card: StudentCard, where: str, quiet: bool) -> Prior:
+    num_rows = None
+    if text != UNIFORM and not text.endswith(".json"):
+        with open_store(text) as store:
+            num_rows = store.num_sealed_rows
+    with progress(num_rows, "rows", "counting the prior", quiet=quiet) as bar:
+        return read_prior(text, card, where, bar.advance)
+
+
+def _take_folder(config: CalibrationConfig) -> Path:
+    """The folder of the result, made where it is not there.
+
+    Raises:
+        PathError: it holds something else than a calibrated student.
+    """
+    folder, advice = Path(config.out), "give --out a new folder"
+    with clear_os_errors(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            names = {path.name for path in folder.iterdir()}
+        except (FileExistsError, NotADirectoryError) as error:
+            raise PathError(f"{config.out}: expected a folder, or nothing, got a file; {advice}") from error
+    foreign = sorted(names - FILES - {f".{name}.partial" for name in FILES})
+    if foreign:
+        others = " and others" if len(foreign) > 1 else ""
+        raise PathError(
+            f"{config.out}: expected an empty folder, or that of a calibrated student, got '{foreign[0]}'{others}; "
+            f"{advice}"
+        )
+    return folder
+
+
+def _check_same(folder: Path, asked: Mapping[str, Any]) -> bool:
+    """Whether the folder holds the calibration that is asked for, as far as that is known yet.
+
+    Raises:
+        StudentError: it holds another student.
+    """
+    if not (folder / CARD).is_file():
+        return False
+    advice = "give --out another folder"
+    then = load_card(folder / CARD).calibration
+    if then is None:
+        raise StudentError(f"{folder}: expected a calibrated student, or nothing, got another student; {advice}")
+    for name in ASKED:
+        mine, theirs = asked[name], then[name]
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            theirs = {key: theirs.get(key) for key in mine}
+        if mine != theirs:
+            raise StudentError(
+                f"{folder}: expected the calibration that it holds, got another ({name} differs); {advice}"
+            )
+    return True
+
+
+def _data_of(gathered: Gathered, corpus: Corpus, config: CalibrationConfig) -> dict[str, Any]:
+    """What is known of the corpus once it was read."""
+    labels = corpus.hard_targets if config.temperature == "labels" else None
+    return {
+        "digest": gathered.digest,
+        "num_samples": gathered.num_samples,
+        "num_refused": gathered.num_refused,
+        "num_distributions": gathered.num_distributions,
+        "labels": digest_of(labels),
+    }
+
+
+def _batch_size(config: CalibrationConfig, card: StudentCard) -> int:
+    if card.sequences is None:
+        return config.batch_size
+    return max(1, min(config.batch_size, BATCH_POSITIONS // int(card.sequences["num_positions"])))
+
+
+def _logits(model: nn.Module, inputs: Tensor, card: StudentCard) -> Tensor:
+    """Logits (R, C) of a few inputs, on the CPU."""
+    with torch.no_grad():
+        return torch.cat([logits.float()[:, : card.num_classes] for logits in answers(model, inputs, card.num_classes)])
