@@ -1,0 +1,186 @@
+"""The specialists' experiment: clusters against superclasses, its corpora, its network and its generalist."""
+
+import argparse
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.paper.cifar import train_generalist
+from benchmarks.paper.cifar.corpora import rows_per_class, split_cifar, write_transfer
+from benchmarks.paper.cifar.images import MEAN, NUM_PADDED, STD, crop_and_flip, normalise, pad, read_images
+from benchmarks.paper.cifar.network import make
+from benchmarks.paper.cifar.superclasses import agreement, superclasses
+from benchmarks.paper.cifar.train_generalist import learning_rate, train
+from storage.corpus import open_corpus
+from storage.corpus.preprocess import Preprocess
+from studenttrain.heads import find_head, head_difference
+
+CLASSES = ("otter", "seal", "oak", "rose")
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like CIFAR-100's: two training files of 4 classes in 2 superclasses, 12 rows of each class."""
+    folder = tmp_path_factory.mktemp("cifar")
+    rng = np.random.default_rng(0)
+    metadata = {"fine_names": json.dumps(CLASSES), "coarse_names": json.dumps(["animals", "plants"])}
+    for number in range(2):
+        fine = np.tile(np.arange(4), 6)
+        images = [_jpeg(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)) for _ in fine]
+        keys = [f"train/{number}-{row}" for row in range(len(fine))]
+        table = pa.table({"key": keys, "image": images, "fine_label": fine, "coarse_label": fine // 2})
+        pq.write_table(table.replace_schema_metadata(metadata), folder / f"train-{number}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(cifar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpora of that folder, three copies of each row in the transfer set."""
+    folder = tmp_path_factory.mktemp("run")
+    split_cifar(cifar, folder, per_class=3)
+    write_transfer(folder, num_copies=3)
+    return folder
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "jpeg")
+    return stream.getvalue()
+
+
+def test_clusters_that_are_superclasses_share_all_their_pairs() -> None:
+    superclass_C = np.repeat(np.arange(20), 5)
+    found = agreement([range(5 * i, 5 * i + 5) for i in range(20)], superclass_C, num_permutations=500)
+    assert (found.num_same, found.num_pairs) == (200, 200)
+    assert found.chance == pytest.approx(200 * 4 / 99, rel=0.1)  # another class shares one's superclass so often
+    assert found.chance_p5 < found.chance < found.chance_p95 < found.num_same
+
+
+def test_clusters_across_superclasses_share_no_pair_and_less_than_chance() -> None:
+    found = agreement([range(i, 100, 5) for i in range(5)], np.repeat(np.arange(20), 5), num_permutations=500)
+    assert found.num_same == 0 < found.chance_p5
+
+
+def test_a_pair_of_two_overlapping_clusters_counts_in_each() -> None:
+    found = agreement([(0, 1), (0, 1, 2)], np.array([0, 0, 1, 1]), num_permutations=10)
+    assert (found.num_same, found.num_pairs) == (2, 4)
+
+
+def test_clusters_of_single_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match="clusters: expected one of at least two classes, got none"):
+        agreement([(0,), (1,)], np.array([0, 0]))
+
+
+def test_the_superclass_of_a_class_is_that_of_its_rows() -> None:
+    assert superclasses(np.array([2, 0, 1, 2]), np.array([7, 5, 5, 7]), 3).tolist() == [5, 5, 7]
+    with pytest.raises(ValueError, match="superclasses: expected rows of every class, got none of 1"):
+        superclasses(np.array([0, 2]), np.array([0, 0]), 3)
+    with pytest.raises(ValueError, match="superclasses: expected one of each class, got several of 0"):
+        superclasses(np.array([0, 0]), np.array([0, 1]), 1)
+
+
+def test_held_out_rows_are_no_training_rows_and_as_many_of_each_class(cifar: Path, run: Path) -> None:
+    everything = [key for file in sorted(cifar.glob("*.parquet")) for key in pq.read_table(file)["key"].to_pylist()]
+    keys = {name: pq.read_table(run / f"{name}.parquet")["key"].to_pylist() for name in ("train", "held", "seen")}
+    assert sorted(keys["train"] + keys["held"]) == sorted(everything)
+    assert set(keys["seen"]) < set(keys["train"])
+    for name in ("held", "seen"):
+        assert np.bincount(pq.read_table(run / f"{name}.parquet")["fine_label"].to_numpy()).tolist() == [3] * 4
+
+
+def test_rows_of_a_class_that_has_too_few_are_refused() -> None:
+    with pytest.raises(ValueError, match="class 1: expected more than 2 rows, got 2; take fewer"):
+        rows_per_class(np.array([0, 0, 0, 1, 1]), 2, seed=0)
+
+
+def test_a_folder_without_training_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"expected train-\*\.parquet, got none; give the folder of CIFAR-100"):
+        split_cifar(tmp_path, tmp_path / "run")
+
+
+def test_the_transfer_rows_are_the_training_rows_and_their_crops(run: Path) -> None:
+    images, classes = read_images(run / "train.parquet")
+    copies, copied_classes = read_images(run / "transfer.parquet")
+    assert torch.equal(copies[: len(images)], images)
+    assert torch.equal(copied_classes, classes.repeat(3))
+    assert not torch.equal(copies[len(images) : 2 * len(images)], images)
+    corpus = open_corpus(str(run / "transfer.parquet"))
+    assert corpus.class_names == CLASSES
+    assert len({corpus.key(row) for row in range(corpus.num_samples)}) == corpus.num_samples
+
+
+def test_what_is_written_already_stays(cifar: Path, run: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    split_cifar(cifar, run, per_class=3)
+    write_transfer(run, num_copies=3)
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+
+
+def test_a_crop_is_a_part_of_the_padded_image_or_its_mirror_image() -> None:
+    images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+    padded = pad(images)
+    moved = crop_and_flip(padded, torch.Generator().manual_seed(0))
+    flipped = 0
+    for whole, part in zip(padded, moved, strict=True):
+        places = [(top, left) for top in range(2 * NUM_PADDED + 1) for left in range(2 * NUM_PADDED + 1)]
+        parts = [whole[:, top : top + 8, left : left + 8] for top, left in places]
+        is_mirrored = any(torch.equal(it.flip(2), part) for it in parts)
+        assert is_mirrored or any(torch.equal(it, part) for it in parts)
+        flipped += is_mirrored
+    assert 0 < flipped < 16
+
+
+def test_the_generalist_is_trained_on_what_the_dump_gives_it(run: Path) -> None:
+    corpus = open_corpus(str(run / "train.parquet"))
+    declared = Preprocess(kind="image", shape=(3, 32, 32), scale=1 / 255, mean=MEAN, std=STD)
+    given = declared.apply(corpus.decode(corpus.read_raw(0)))
+    images, _ = read_images(run / "train.parquet")
+    np.testing.assert_allclose(normalise(images[:1])[0].numpy(), given, atol=1e-5)
+
+
+def test_the_network_has_a_head_that_says_what_it_does() -> None:
+    model = make(7).eval()
+    found = find_head(model)
+    assert found is not None
+    assert head_difference(found, torch.randn(2, 3, 32, 32)) < 1e-6
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_the_learning_rate_rises_to_its_peak_and_ends_at_nothing() -> None:
+    rates = [learning_rate(step, 100, 20, 0.5) for step in range(100)]
+    assert rates[19] == max(rates) == pytest.approx(0.5)
+    assert rates[-1] == 0
+    assert min(rates) >= 0
+
+
+def test_a_generalist_that_is_stopped_goes_on_to_the_same_weights(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, classes = read_images(run / "train.parquet")
+
+    def trained(name: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = make(4)
+        args = argparse.Namespace(
+            out=tmp_path / f"{name}.safetensors", epochs=2, batch_size=8, lr=0.1, weight_decay=1e-4, warmup_epochs=1.0,
+            seed=0,
+        )  # fmt: skip
+        figures = train(model, images, classes, (images, classes), args)
+        assert len(figures["curve"]) == 2
+        return model.state_dict()
+
+    undisturbed = trained("one")
+    after = iter([0.5])  # the second epoch finds none, after its steps and before its checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(train_generalist, "accuracy", lambda *_: next(after))
+        with pytest.raises(StopIteration):
+            trained("two")
+    stopped = trained("two")
+    assert all(torch.equal(value, stopped[name]) for name, value in undisturbed.items())
