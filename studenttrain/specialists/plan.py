@@ -165,6 +165,13 @@ def write_plan(path: str | Path, plan: SpecialistsPlan) -> None:
 def plan_text(plan: SpecialistsPlan) -> str:
     """A plan as it stands in its file: one line a specialist, so that a person can read and change it."""
     value = plan.to_json()
-    rows = ",\n".join(f"    {json.dumps(classes)}" for classes in value["specialists"])
-    text = json.dumps(value | {"specialists": "@"}, indent=2, ensure_ascii=False, allow_nan=False)
-    return text.replace('"specialists": "@"', f'"specialists": [\n{rows}\n  ]', 1) + "\n"
+    rows = ",\n".join(f"    {_line(classes)}" for classes in value["specialists"])
+    long = {"class_names": _line(value["class_names"]), "specialists": f"[\n{rows}\n  ]"}
+    text = json.dumps(value | dict.fromkeys(long, "@"), indent=2, ensure_ascii=False, allow_nan=False)
+    for name, lines in long.items():
+        text = text.replace(f'"{name}": "@"', f'"{name}": {lines}', 1)
+    return text + "\n"
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
