@@ -30,7 +30,10 @@ CORPUS_KINDS = "images (a folder), idx, arrays, webdataset or parquet; found fro
     "--temperature",
     help="Fit one number, before the biases: none, labels (of --data) or targets (those of --targets).  [none]",
 )
-@click.option("--targets", help="Store made from --data, for --temperature targets.")
+@click.option(
+    "--targets",
+    help="Store made from --data: for --temperature targets, and for shift of a student that learned some of its rows.",
+)
 @click.option("--labels", help="Hard targets of --data, a file, for --temperature labels.  [found beside it]")
 @click.option("--corpus-kind", help=f"{CORPUS_KINDS}.")
 @click.option("--array", help="Array in the corpus, where it holds several.")

@@ -20,36 +20,26 @@ from torch import Tensor, nn
 from storage.backends.files import clear_os_errors
 from storage.console import progress
 from storage.corpus import Corpus, Preprocess
-from storage.corpus.labels import NO_LABELS
-from storage.corpus.parquet_columns import Columns
-from storage.encodings import check_temperature
-from storage.errors import CorpusError, PathError, StudentError
+from storage.errors import PathError, StudentError
 from storage.reader import Store, open_store
 from studenttrain.answers import answers
 from studenttrain.calibration_config import CalibrationConfig
+from studenttrain.calibration_data import open_calibration_data, open_made_from, selected_rows
 from studenttrain.calibration_fit import fit_temperature, match_biases, mean_mass, shift_biases
 from studenttrain.calibration_fold import check_folded, check_not_tied, fold, last_layer
 from studenttrain.calibration_logits import Gathered, Spool, Targets, digest_of, gather
 from studenttrain.calibration_prior import UNIFORM, Prior, read_prior
 from studenttrain.calibration_result import CalibrationResult
-from studenttrain.checks import (
-    check_class_names,
-    check_hard_targets,
-    check_row_count,
-    check_same_classes,
-    open_targets,
-    store_identity,
-    weights_digest,
-)
+from studenttrain.checks import store_identity, weights_digest
 from studenttrain.distributed import choose_device
 from studenttrain.evaluate import BATCH_POSITIONS
 from studenttrain.export import CARD, PROGRAM, WEIGHTS, StudentCard, export_student, load_card, load_student
-from studenttrain.preparation import check_student_input, default_readers, open_data
-from studenttrain.trial import check_tokenizers, sequence_options_of
+from studenttrain.heads import Head
+from studenttrain.preparation import default_readers
 
 # What says that a calibration is the same: the rest is worked out from it.
 ASKED = ("method", "temperature_from", "student", "data", "prior", "targets")
-OPTIONS_OF_SEQUENCES = ("tokenizer", "token_dtype", "boundaries", "separator", "text_field")
+LOSSES = {"labels": "NLL of the hard targets", "targets": "cross entropy to the stored targets"}
 FILES = frozenset({WEIGHTS, CARD, PROGRAM})
 
 
@@ -69,6 +59,45 @@ def calibrate(config: CalibrationConfig, *, quiet: bool = False) -> CalibrationR
     """
     device, where = choose_device(config.device), f"student '{config.checkpoint}'"
     model, card = load_student(Path(config.checkpoint))
+    head = _layer_to_fold_into(model, card, config, where)
+    with contextlib.ExitStack() as stack:
+        store = None
+        if config.targets is not None:
+            is_read = config.temperature == "targets"
+            store = stack.enter_context(open_made_from(config.targets, card, where, is_read=is_read))
+        selected = selected_rows(config, card, store, where)
+        needs_labels = selected is not None and selected.needs_labels
+        corpus = open_calibration_data(config, card, store, where, needs_labels=needs_labels)
+        folder = _take_folder(config)
+        prior = None if config.prior is None else _read_prior(config.prior, card, where, quiet)
+        data = {"kind": corpus.kind, "fingerprint": corpus.fingerprint, "rows": card.rows if selected else None}
+        asked: dict[str, Any] = {
+            "method": None if prior is None else config.method or "match",
+            "temperature_from": config.temperature,
+            "student": weights_digest(model.state_dict()),
+            "data": data,
+            "prior": None if prior is None else dict(prior.source),
+            "targets": None if store is None else store_identity(store),
+        }
+        _check_same(folder, asked)
+        rows_N = np.arange(corpus.num_samples) if selected is None else selected.rows(corpus)
+        spool = stack.enter_context(Spool(folder))
+        gathered = _gather(model.to(device), card, corpus, rows_N, store, spool, config, device, quiet)
+        data |= _data_of(gathered, corpus, config)
+        was_there = _check_same(folder, asked)
+        record = {**asked, **_fitted(spool, prior, asked), "earlier": card.calibration}
+    before_NC = _logits(model.cpu(), gathered.inputs, card)
+    bias_C = None if record["bias"] is None else np.array(record["bias"])
+    fold(head, record["temperature"], bias_C)
+    check_folded(before_NC, _logits(model, gathered.inputs, card), record["temperature"], bias_C, where)
+    card = replace(card, calibration=record)
+    reason = export_student(folder, model, card)
+    files = (WEIGHTS, CARD) if reason is not None else (WEIGHTS, CARD, PROGRAM)
+    return CalibrationResult(config.out, card, None if prior is None else prior.note, files, reason, was_there)
+
+
+def _layer_to_fold_into(model: nn.Module, card: StudentCard, config: CalibrationConfig, where: str) -> Head:
+    """The last layer of a student that can be calibrated as it is asked for."""
     if card.specialist is not None:
         raise StudentError(
             f"{where}: expected a student of all classes, got a specialist, whose dustbin has no share of its own; "
@@ -77,56 +106,47 @@ def calibrate(config: CalibrationConfig, *, quiet: bool = False) -> CalibrationR
     head = last_layer(model, card.num_classes, where, needs_bias=config.prior is not None)
     if config.temperature != "none":
         check_not_tied(model, head, where)
-    with contextlib.ExitStack() as stack:
-        store = None if config.targets is None else stack.enter_context(_open_store(config.targets, card, where))
-        corpus = _open_data(config, card, store, where)
-        folder = _take_folder(config)
-        student = weights_digest(model.state_dict())
-        prior = None if config.prior is None else _read_prior(config.prior, card, where, quiet)
-        asked: dict[str, Any] = {
-            "method": None if prior is None else config.method or "match",
-            "temperature_from": config.temperature,
-            "student": student,
-            "data": {"kind": corpus.kind, "fingerprint": corpus.fingerprint},
-            "prior": None if prior is None else dict(prior.source),
-            "targets": None if store is None else store_identity(store),
-        }
-        _check_same(folder, asked)
-        spool = stack.enter_context(Spool(folder))
-        targets = None if config.temperature == "none" else Targets(corpus, store)
-        with progress(corpus.num_samples, "samples", "calibrating", quiet=quiet) as bar:
-            gathered = gather(
-                model.to(device),
-                corpus,
-                Preprocess.from_json(card.preprocess),
-                spool,
-                num_classes=card.num_classes,
-                targets=targets,
-                device=device,
-                batch_size=_batch_size(config, card),
-                readers=config.readers or default_readers(),
-                advance=bar.advance,
-            )
-        asked["data"] |= _data_of(gathered, corpus, config)
-        was_there = _check_same(folder, asked)
-        record = {**asked, **_fitted(spool, prior, asked, store), "earlier": card.calibration}
-    before_NC = _logits(model.cpu(), gathered.inputs, card)
-    bias_C = None if record["bias"] is None else np.array(record["bias"])
-    fold(head, record["temperature"], bias_C)
-    check_folded(before_NC, _logits(model, gathered.inputs, card), record["temperature"], bias_C, where)
-    card = replace(card, calibration=record)
-    reason = export_student(folder, model, card)
-    files = (WEIGHTS, CARD) if reason is not None else (WEIGHTS, CARD, PROGRAM)
-    probs = None if prior is None else tuple(prior.probs_C.tolist())
-    return CalibrationResult(config.out, card, probs, None if prior is None else prior.note, files, reason, was_there)
+    return head
 
 
-def _fitted(spool: Spool, prior: Prior | None, asked: Mapping[str, Any], store: Store | None) -> dict[str, Any]:
+def _gather(
+    model: nn.Module,
+    card: StudentCard,
+    corpus: Corpus,
+    rows_N: NDArray[np.int64],
+    store: Store | None,
+    spool: Spool,
+    config: CalibrationConfig,
+    device: torch.device,
+    quiet: bool,
+) -> Gathered:
+    """One pass over the samples: their logits, and the targets that a temperature is fitted to."""
+    targets = None
+    if config.temperature != "none":
+        targets = Targets(corpus, store if config.temperature == "targets" else None)
+    with progress(len(rows_N), "samples", "calibrating", quiet=quiet) as bar:
+        return gather(
+            model,
+            corpus,
+            Preprocess.from_json(card.preprocess),
+            spool,
+            rows_N=rows_N,
+            num_classes=card.num_classes,
+            store=store,
+            targets=targets,
+            device=device,
+            batch_size=_batch_size(config, card),
+            readers=config.readers or default_readers(),
+            advance=bar.advance,
+        )
+
+
+def _fitted(spool: Spool, prior: Prior | None, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Temperature, then biases, and the figures before and after."""
     found: dict[str, Any] = {"temperature": 1.0, "loss": None, "bias": None, "mass": None, "fit": None}
     if asked["temperature_from"] != "none":
         temperature = fit_temperature(spool.blocks)
-        of = "NLL of the hard targets" if store is None else "cross entropy to the stored targets"
+        of = LOSSES[asked["temperature_from"]]
         found |= {
             "temperature": temperature.temperature,
             "loss": {"of": of, "before": temperature.before, "after": temperature.after},
@@ -155,40 +175,6 @@ def _check_mass(mass_C: NDArray[np.float64]) -> None:
             f"student: expected some mass for each class over --data, got none for class {int(np.argmin(mass_C))}, "
             "from which no bias can be told; use --method match, on data in which the class occurs"
         )
-
-
-def _open_store(path: str, card: StudentCard, where: str) -> Store:
-    """The store of soft targets that a temperature is fitted to."""
-    store = open_targets(path)
-    try:
-        check_same_classes(store, card.num_classes, card.class_names, where)
-        check_temperature(store.manifest.encoding, 1.0, store.manifest.temperatures)
-    except BaseException:
-        store.close()
-        raise
-    return store
-
-
-def _open_data(config: CalibrationConfig, card: StudentCard, store: Store | None, where: str) -> Corpus:
-    """The corpus, without its labels where none is asked for."""
-    options = {name: getattr(config, name) for name in OPTIONS_OF_SEQUENCES}
-    sequence, needs_labels = sequence_options_of(card, options), config.temperature == "labels"
-    labels = config.labels if needs_labels or sequence is not None else NO_LABELS
-    columns = Columns(config.image_column, config.label_column)
-    corpus = open_data(config.data, config.corpus_kind, labels, config.array, sequence, store, columns)
-    check_student_input(Preprocess.from_json(card.preprocess), corpus, "--data")
-    check_tokenizers(card, corpus, store, where)
-    if store is not None:
-        check_row_count(store, corpus)
-    if needs_labels and sequence is None:
-        check_class_names(f"corpus '{config.data}'", corpus.class_names, card.class_names, where)
-        hard_targets = check_hard_targets(corpus, card.num_classes)
-        if hard_targets is None or not (hard_targets >= 0).any():
-            raise CorpusError(
-                f"corpus '{config.data}': expected hard targets to fit a temperature to, got none; give --labels, or "
-                "--temperature targets and a store"
-            )
-    return corpus
 
 
 def _read_prior(text: str, card: StudentCard, where: str, quiet: bool) -> Prior:

@@ -27,7 +27,8 @@ class CalibrationConfig:
             from the mean mass over `data` to the prior. None is `match`.
         temperature: `none`, `labels` (least loss on the hard targets of `data`) or `targets` (least cross entropy to
             the soft targets of `targets`).
-        targets: store made from `data`, for the temperature.
+        targets: store made from `data`: for the temperature, and for `shift` of a student that learned from some of
+            its rows, which it tells.
         labels: hard targets of `data`, a file, for the temperature; None finds them.
         corpus_kind: of `data`; None finds it.
         array: name of the array in `data`, where it holds several.
@@ -85,12 +86,12 @@ class CalibrationConfig:
             raise ValueError("prior, temperature: expected one of them, or both, got neither; say what to calibrate")
         if self.prior is None and self.method is not None:
             raise ValueError(f"method: expected a prior beside it, got none, so that {self.method} has nothing to do")
-        if (self.targets is None) == (self.temperature == "targets"):
-            got = "none" if self.targets is None else f"'{self.targets}', which nothing would read"
-            raise ValueError(f"targets: expected a store just where --temperature is targets, got {got}")
-        for name in ("labels", "label_column"):
-            if getattr(self, name) is not None and self.temperature != "labels":
-                raise ValueError(
-                    f"{name}: expected --temperature labels beside it, got {self.temperature}: no label is read then; "
-                    "leave it out"
-                )
+        if self.targets is None and self.temperature == "targets":
+            raise ValueError(
+                "targets: expected the store whose targets the temperature is fitted to, got none; give it"
+            )
+        if self.targets is not None and self.temperature != "targets" and self.method != "shift":
+            raise ValueError(
+                f"targets: expected --temperature targets or --method shift beside it, got neither, so that nothing "
+                f"would be read of '{self.targets}'; leave it out"
+            )

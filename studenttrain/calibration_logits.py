@@ -9,7 +9,7 @@ process, and are read back one at a time.
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -120,7 +120,7 @@ class Gathered:
     """What a pass over a corpus saw.
 
     Attributes:
-        num_samples: samples of the corpus.
+        num_samples: samples that were looked at.
         num_refused: of these, those that could not be decoded.
         num_distributions: logits that were kept: one a sample, or of sequences one a position with a target.
         digest: sha256 of the samples' digests in order.
@@ -139,7 +139,8 @@ class Targets:
 
     Args:
         corpus: whose samples they belong to.
-        store: of soft targets at T = 1; None takes the corpus's hard targets, or the next tokens of sequences.
+        store: of soft targets at T = 1, made from these samples; None takes the corpus's hard targets, or the next
+            tokens of sequences.
     """
 
     def __init__(self, corpus: Corpus, store: Store | None) -> None:
@@ -152,30 +153,34 @@ class Targets:
         self._hard = None if store is not None or corpus.hard_targets is None else corpus.hard_targets
 
     def of_batch(self, batch: Batch) -> "SoftTargets | Tensor":
-        """The targets of all samples of a batch of consecutive rows: soft ones, or int64 (R,), -1 where unknown.
-
-        Raises:
-            CorpusMismatchError: a sample is not the one that the store's row was made from.
-        """
+        """The targets of all samples of a batch of ascending rows: soft ones, or int64 (R,), -1 where unknown."""
         if self._store is None:
             if self._corpus.sample_kind == "tokens":
                 return sequence_targets(torch.from_numpy(batch.inputs))
             assert self._hard is not None
             return torch.from_numpy(self._hard[batch.rows_N].astype(np.int64))
-        store, manifest = self._store, self._store.manifest
-        start, stop = int(batch.rows_N[0]), int(batch.rows_N[-1]) + 1
-        specs = [spec for spec in manifest.arrays if spec.name in {*target_arrays(manifest), "sample_digest"}]
-        arrays = {spec.name: spec.full(stop - start) for spec in specs}
-        sealed = store.sealed_shards()
-        for shard, first, end in store.layout.split(start, stop):
-            if shard in sealed:
-                for name, values in store.read([spec.name for spec in specs], first, end).items():
-                    arrays[name][first - start : end - start] = values
-        check_digests(arrays.pop("sample_digest"), batch.digests_N, batch.rows_N, self._corpus, store.path)
-        mask_NP = None
+        manifest, mask_NP = self._store.manifest, None
+        arrays = read_rows(self._store, target_arrays(manifest), batch.rows_N)
         if manifest.sequences is not None and "position_ids" not in arrays:
             mask_NP = batch.inputs[:, 1, 1:] != 0
         return build_targets(manifest, arrays, 1.0, mask_NP=mask_NP, head=self._head)
+
+
+def read_rows(store: Store, names: Sequence[str], rows_N: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """Ascending rows of some arrays of a store; those of shards that are not sealed hold the fill value."""
+    specs, sealed = {spec.name: spec for spec in store.manifest.arrays}, set(store.sealed_shards())
+    ranges, positions, place = [], [], 0
+    for run in np.split(rows_N, np.flatnonzero(np.diff(rows_N) != 1) + 1):
+        for shard, first, end in store.layout.split(int(run[0]), int(run[-1]) + 1):
+            if shard in sealed:
+                ranges.append((first, end))
+                positions.append(np.arange(place, place + end - first))
+            place += end - first
+    arrays = {name: specs[name].full(len(rows_N)) for name in names}
+    if ranges:
+        for name, values in arrays.items():
+            store.read_scattered(name, ranges, values, np.concatenate(positions))
+    return arrays
 
 
 def gather(
@@ -184,21 +189,25 @@ def gather(
     preprocess: Preprocess,
     spool: Spool,
     *,
+    rows_N: NDArray[np.int64],
     num_classes: int,
+    store: Store | None,
     targets: Targets | None,
     device: torch.device,
     batch_size: int,
     readers: int,
     advance: Callable[[int], None],
 ) -> Gathered:
-    """Put a student's logits of all samples of a corpus into a spool, float32, the largest of each row 0.
+    """Put a student's logits of a corpus's samples into a spool, float32, the largest of each row 0.
 
     Args:
         model: the student, on the device, in evaluation mode.
         corpus: its hard targets are looked at only by `targets`.
         preprocess: how a sample becomes the student's input.
         spool: gets blocks as `calibration_fit` takes them.
+        rows_N: of the samples, ascending.
         num_classes: of the student; what its logits have behind them is cut off.
+        store: that the samples must be those of; None where there is none.
         targets: that a temperature is fitted to; None where none is.
         device: of the model.
         batch_size: samples of a batch, at least 1.
@@ -208,15 +217,17 @@ def gather(
     Raises:
         StudentError: a logit is not finite.
         CorpusError: no sample can be decoded, or a hard target is none of the student's classes.
-        CorpusMismatchError: a sample is not the one that the targets' row was made from.
+        CorpusMismatchError: a sample is not the one that the store's row was made from.
     """
-    starts = range(0, corpus.num_samples, batch_size)
-    batches = [np.arange(start, min(start + batch_size, corpus.num_samples)) for start in starts]
+    batches = [rows_N[start : start + batch_size] for start in range(0, len(rows_N), batch_size)]
     digest, num_refused, num_distributions = hashlib.sha256(), 0, 0
     kept: list[Tensor] = []
     with torch.inference_mode():
         for batch in read_ahead(corpus, batches, preprocess, readers):
             digest.update(batch.digests_N.astype("<u8").tobytes())
+            if store is not None:
+                stored_N = read_rows(store, ["sample_digest"], batch.rows_N)["sample_digest"]
+                check_digests(stored_N, batch.digests_N, batch.rows_N, corpus, store.path)
             said = None if targets is None else targets.of_batch(batch)
             good = [position for position in range(len(batch.rows_N)) if position not in batch.errors]
             num_refused += len(batch.errors)
@@ -238,10 +249,10 @@ def gather(
                 spool.add(block)
     if not num_distributions:
         raise CorpusError(
-            f"corpus '{corpus.path}': expected samples to calibrate on, got {corpus.num_samples} of which none can be "
-            "used; give another corpus"
+            f"corpus '{corpus.path}': expected samples to calibrate on, got {len(rows_N)} of which none can be used; "
+            "give another corpus"
         )
-    return Gathered(corpus.num_samples, num_refused, num_distributions, digest.hexdigest(), kept[0])
+    return Gathered(len(rows_N), num_refused, num_distributions, digest.hexdigest(), kept[0])
 
 
 def _counted(inputs: Tensor, corpus: Corpus) -> Tensor:

@@ -26,7 +26,6 @@ class CalibrationResult:
     Attributes:
         out: folder of the calibrated student.
         card: of it; its `calibration` says all.
-        prior: in class order, or None.
         note: of the prior, or None.
         files: names of what was written.
         no_program: why there is no program, or None.
@@ -35,7 +34,6 @@ class CalibrationResult:
 
     out: str
     card: StudentCard
-    prior: tuple[float, ...] | None
     note: str | None
     files: tuple[str, ...]
     no_program: str | None
