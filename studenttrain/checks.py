@@ -257,7 +257,10 @@ def check_same_store(then: Mapping[str, Any], store: Store) -> None:
 
 
 def data_identity(
-    objective: Objective, own_hard_targets: NDArray[np.int32] | None, begun_with: nn.Module | None
+    objective: Objective,
+    own_hard_targets: NDArray[np.int32] | None,
+    begun_with: nn.Module | None,
+    specialist: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a run depends on beside its options and its store.
 
@@ -265,10 +268,12 @@ def data_identity(
         objective: as the options and the store make it.
         own_hard_targets: of the corpus, where the store has none to hold them against.
         begun_with: the student with the weights that it was given to begin with, or None.
+        specialist: its classes and rows, as its card says them; None for a student of all classes.
     """
     hard = None if own_hard_targets is None else hashlib.sha256(own_hard_targets.tobytes()).hexdigest()
     init = None if begun_with is None else weights_digest(begun_with.state_dict())
-    return {"objective": dataclasses.asdict(objective), "hard_targets": hard, "init": init}
+    own = {} if specialist is None else {"specialist": dict(specialist)}
+    return {"objective": dataclasses.asdict(objective), "hard_targets": hard, "init": init, **own}
 
 
 def check_same_data(then: Mapping[str, Any], now: Mapping[str, Any], config: FitConfig) -> None:
@@ -282,6 +287,11 @@ def check_same_data(then: Mapping[str, Any], now: Mapping[str, Any], config: Fit
         raise StudentError(
             f"run '{config.out}': expected the hard targets that it was begun with, got others, or none; give the same "
             f"--labels, or {advice}"
+        )
+    if then.get("specialist") != now.get("specialist"):
+        raise StudentError(
+            f"run '{config.out}': expected the specialist that it was begun with, its classes, --own-share and the "
+            f"store's rows, got another; give these, or {advice}"
         )
     if None not in (then["init"], now["init"]) and then["init"] != now["init"]:
         raise StudentError(

@@ -82,14 +82,19 @@ class FitResult:
         return "\n".join([*lines, *self.notes])
 
 
-def ended_run(folder: Path, step: int) -> FitResult | None:
-    """What came of a run, if it ended at the step of its checkpoint; None where something is still to be done."""
+def ended_run(folder: Path, step: int | None = None) -> FitResult | None:
+    """What came of a run, if it ended at the step of its checkpoint; None where something is still to be done.
+
+    Args:
+        folder: of the run.
+        step: of its checkpoint; None takes a result for what it says.
+    """
     try:
         value = json.loads((folder / RESULT).read_bytes())
         result = FitResult.from_json(str(folder), value, already_ended=True)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return result if result.steps == step else None
+    return result if step in (None, result.steps) else None
 
 
 def end_run(
@@ -120,6 +125,8 @@ def end_run(
         files.append(PROGRAM)
     else:
         notes.append(f"no {PROGRAM}: torch.export can't trace this student ({reason})")
+    if prepared.own is not None:  # what a report shows is of all classes
+        return _written(folder, dataclasses.replace(result, files=tuple(files), notes=tuple(notes)))
     try:
         data = _report_data(config, prepared, world, folder, learner, figures)
         files.append(write_report(folder, data).name)
@@ -128,7 +135,11 @@ def end_run(
             f"no report: it needs {error.name}; pip install 'logitstore[report]', and remove {folder / RESULT} "
             "and run the same command again to have it"
         )
-    result = dataclasses.replace(result, files=tuple(files), notes=tuple(notes))
+    return _written(folder, dataclasses.replace(result, files=tuple(files), notes=tuple(notes)))
+
+
+def _written(folder: Path, result: FitResult) -> FitResult:
+    """The result, once it stands in the folder: the run has ended."""
     write_durably(folder / RESULT, lambda file: file.write((json.dumps(result.to_json(), indent=2) + "\n").encode()))
     return result
 

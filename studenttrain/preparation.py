@@ -53,6 +53,7 @@ from studenttrain.export import CARD, StudentCard, fill_weights, load_card, load
 from studenttrain.metrics import METRICS, TENSORBOARD
 from studenttrain.models import build_model
 from studenttrain.selection import RowClasses, RowSelection, choose_classes
+from studenttrain.specialists.collapse import OwnClasses
 
 MAX_READERS = 8
 MOST_TIMES_ITS_ROWS = 1000  # a store of so many times the samples of its corpus is not looked at further
@@ -70,10 +71,12 @@ class Validation:
     Attributes:
         corpus: with hard targets, or with a store, or both.
         store: targets stored from it by the teacher, or None.
+        hard_targets: int32, of each sample, instead of the corpus's own; None takes these.
     """
 
     corpus: Corpus
     store: Store | None
+    hard_targets: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Prepared:
         card: what the student will be.
         readers: threads that read samples.
         selection: the rows that the student sees; None for all.
+        own: the classes of a specialist; None for a student of all of the store's.
     """
 
     store: Store
@@ -101,6 +105,7 @@ class Prepared:
     card: StudentCard
     readers: int
     selection: RowSelection | None = None
+    own: OwnClasses | None = None
 
     @property
     def is_tokens(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.console import format_count
+from storage.console import format_count, printable
 from storage.corpus import Corpus
 from storage.errors import MismatchError, StudentError
 from storage.reader import Store
@@ -26,6 +26,9 @@ class RowSelection(Protocol):
 
     def chosen(self, epoch: int, shards: Sequence[int]) -> NDArray[np.bool_]:
         """Whether each row is given, bool (num_rows,); looked at in the sealed shards of the epoch alone."""
+
+    def describe(self) -> str:
+        """Which rows they are, in some words."""
 
 
 @dataclass(eq=False)
@@ -121,7 +124,7 @@ def name_classes(classes: Sequence[int], names: Sequence[str] | None) -> str:
     """
 
     def said(number: int) -> str:
-        return str(number) if names is None or names[number] == str(number) else f"'{names[number]}'"
+        return str(number) if names is None or names[number] == str(number) else f"'{printable(names[number])}'"
 
     shown = ", ".join(said(number) for number in classes[:MAX_NAMES])
     more = f" and {format_count(len(classes) - MAX_NAMES)} more" if len(classes) > MAX_NAMES else ""

@@ -23,6 +23,7 @@ from studenttrain.language import sequence_logits, sequence_output
 from studenttrain.learner import Learner, forward_errors
 from studenttrain.loss import SoftTargets, build_targets, hard_loss, soft_loss
 from studenttrain.precision import Precision, autocast
+from studenttrain.specialists.collapse import OwnClasses
 from studenttrain.stream import StudentBatch
 
 
@@ -35,12 +36,14 @@ class LearningBatch:
         targets: soft ones of the flat rows, or None where alpha is 0.
         hard_targets_R: int64, -1 where unknown or masked; or None where alpha is 1.
         position_ids_NP: of token ids; None of other inputs, and where each row is one document.
+        own: the classes of a specialist, which the targets are of; None where they are of all classes.
     """
 
     inputs: Tensor
     targets: SoftTargets | None
     hard_targets_R: Tensor | None  # noqa: N815
     position_ids_NP: Tensor | None = None  # noqa: N815
+    own: OwnClasses | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def load_batch(
     hard_targets: NDArray[np.int32] | None,
     device: torch.device,
     head: Head | None = None,
+    own: OwnClasses | None = None,
 ) -> LearningBatch:
     """A batch on the device. Rows that the teacher refused are left out, whatever is minimised.
 
@@ -95,6 +99,7 @@ def load_batch(
         hard_targets: of the whole corpus, where the store has none.
         device: of the student.
         head: of the teacher, on the device, where its hidden states are stored.
+        own: the classes of a specialist, which the targets are brought to; None leaves them as they are.
     """
     refused = None if batch.valid_N.all() else np.flatnonzero(batch.valid_N)
 
@@ -108,11 +113,13 @@ def load_batch(
         if manifest.sequences is not None and not manifest.sequences.has_tokens:
             mask_NP = moved(target_mask(batch.inputs[:, 1]))
         targets = build_targets(manifest, arrays, objective.temperature, device, mask_NP=mask_NP, head=head)
+        targets = targets if own is None else own.soft(targets)
     if batch.is_tokens:
         return _load_sequences(moved(batch.inputs), targets, objective)
     if objective.is_hard:
         hard_targets_N = moved(hard_targets_of(batch, hard_targets)).long()
-    return LearningBatch(moved(batch.inputs), targets, hard_targets_N)
+        hard_targets_N = hard_targets_N if own is None else own.hard(hard_targets_N)
+    return LearningBatch(moved(batch.inputs), targets, hard_targets_N, own=own)
 
 
 def _load_sequences(samples_N2Q: Tensor, targets: SoftTargets | None, objective: Objective) -> LearningBatch:
@@ -207,7 +214,8 @@ def losses_of(
         logits_NC = learner.trained(batch.inputs)
     soft = hard = torch.zeros((), device=batch.inputs.device)
     if batch.targets is not None:
-        soft = soft_loss(objective.loss, logits_NC, batch.targets).sum() / counts.rows
+        soft_logits_NC = logits_NC if batch.own is None else batch.own.soft_logits(logits_NC, batch.targets)
+        soft = soft_loss(objective.loss, soft_logits_NC, batch.targets).sum() / counts.rows
     if batch.hard_targets_R is not None:
         hard = hard_loss(logits_NC, batch.hard_targets_R).sum() / max(1, counts.hard)
     return soft, hard

@@ -39,7 +39,8 @@ from studenttrain.preparation import (
     with_all_rows,
 )
 from studenttrain.schedule import learning_rate
-from studenttrain.selection import ClassSelection
+from studenttrain.specialists.collapse import Corrected
+from studenttrain.specialists.specialty import Specialty
 from studenttrain.step import BatchLoader, Counts, LearningBatch, count_rows, load_batch, train_step
 from studenttrain.stream import StudentBatch, TargetStream
 from studenttrain.targets import target_head
@@ -71,7 +72,7 @@ class Run:
     replay: Replay | None = None
 
 
-def fit(config: FitConfig, quiet: bool = False) -> FitResult:
+def fit(config: FitConfig, quiet: bool = False, specialty: Specialty | None = None) -> FitResult:
     """Train a student on a store, or go on with a run that was begun with the same options.
 
     Under `torchrun` every rank calls it; the first one writes and speaks.
@@ -79,6 +80,7 @@ def fit(config: FitConfig, quiet: bool = False) -> FitResult:
     Args:
         config: what is trained, on what, and how.
         quiet: print nothing but warnings.
+        specialty: what a specialist is to learn; None trains a student of all classes.
 
     Returns:
         What came of it. Where the run had ended before, that, at once.
@@ -103,14 +105,19 @@ def fit(config: FitConfig, quiet: bool = False) -> FitResult:
             if (ended := ended_run(folder, checkpoint["step"])) is not None:
                 return ended
         replay = load_replay(config, store, quiet)
-        prepared = prepare(config, store, stack)
+        prepared, begins = prepare(config, store, stack), checkpoint is None
+        prepared = prepared if specialty is None else specialty.narrow(prepared, config.seed)
         torch.manual_seed(config.seed)
-        student = build_student(config, store, prepared.preprocess.shape, begins=checkpoint is None)
+        if specialty is None:
+            student = build_student(config, store, prepared.preprocess.shape, begins)
+        else:
+            student = specialty.build(config, prepared, begins)
         begun_with = student if config.init is not None and Path(config.init).exists() else None
-        data = data_identity(prepared.objective, prepared.own_hard_targets, begun_with)
+        data = data_identity(prepared.objective, prepared.own_hard_targets, begun_with, prepared.card.specialist)
         if checkpoint is not None:
             check_same_data(checkpoint["data"], data, config)
-        world.main_first(lambda: look_at_data(prepared, quiet))
+        if specialty is None or not specialty.is_checked:
+            world.main_first(lambda: look_at_data(prepared, quiet))
 
         run = Run(config, prepared, world, folder, data, quiet, replay)
         learner = build_learner(student, config, world, store.manifest.num_classes)
@@ -141,10 +148,10 @@ def train(  # noqa: C901 - the loop is to be read in one piece
     saver = Saver(run, learner, stream, metrics, log)
     figures = None
 
-    head = prepared_head(run)
+    head, own = prepared_head(run), run.prepared.own
 
     def load_one(batch: StudentBatch) -> LearningBatch:
-        return load_batch(batch, run.prepared.store.manifest, objective, hard_targets, world.device, head)
+        return load_batch(batch, run.prepared.store.manifest, objective, hard_targets, world.device, head, own)
 
     load = BatchLoader(load_one, stream.ready)
     epochs = EpochLog(run.folder, stream.epoch) if world.is_main else None
@@ -257,8 +264,9 @@ def validate(
             saver.save()
             raise interrupted(run.config, learner.step, request.signal)
 
+    own = run.prepared.own
     figures = evaluate(
-        learner.result,
+        learner.result if own is None else Corrected(learner.result, own),
         validation.corpus,
         run.prepared.preprocess,
         run.world,
@@ -267,6 +275,7 @@ def validate(
         precision=run.config.precision,
         readers=run.prepared.readers,
         advance=advance,
+        hard_targets=validation.hard_targets,
     )
     if metrics is not None and not known:
         metrics.write("validation", learner.step, figures.to_json())
@@ -349,7 +358,7 @@ def describe_start(run: Run, learner: Learner, stream: TargetStream) -> str:
     order = stream.begin_epoch()
     shards, chosen_N = from_ranges(order.sealed), order.chosen_N
     num_sealed = sum(stop - start for start, stop in map(store.layout.shard_bounds, shards))
-    if isinstance(run.prepared.selection, ClassSelection):
+    if run.prepared.selection is not None:
         rows = f"{format_count(stream.num_rows)} of {format_count(num_sealed)} rows: "
         rows += run.prepared.selection.describe()
     refused = [entry.row for shard in shards for entry in store.seal(shard).quarantine]

@@ -6,25 +6,19 @@ import functools
 import importlib.util
 import logging
 import os
-import socket
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from storage.errors import PathError
+from storage.scheduler import check_scheduler, no_answer
 from teacherdump.cluster_team import SHARDS_IN_FLIGHT, Team, WorkerDiedError, clear_of_the_scheduler
 from teacherdump.config import DumpConfig
 from teacherdump.source import MOST_READERS
 
 CONNECT_S = 20.0  # until a scheduler must have answered
-POLL_S = 0.2
-GREETING = struct.Struct("<Q")  # what each side of Dask's TCP begins with: bytes of the message that follows
-MOST_GREETING_BYTES = 1 << 20
 CLOSE_S = 5.0  # that a cluster is given to close itself
 MOST_DEATHS_AT_START = 3  # a worker, before all of them are there
 START_LOOK_S = 0.05
@@ -152,65 +146,16 @@ def _client(cluster: Any) -> Iterator[Any]:
     from distributed import Client
 
     if isinstance(cluster, str):
-        _check_scheduler(cluster)
+        check_scheduler(cluster, CONNECT_S)
     try:
         client = Client(cluster, timeout=CONNECT_S, set_as_default=False)
     except (TimeoutError, OSError, ValueError) as error:
-        raise _no_answer(cluster) from error
+        raise no_answer(cluster, CONNECT_S) from error
     try:
         yield client
     finally:
         with contextlib.suppress(OSError, asyncio.TimeoutError):
             client.close(timeout=CLOSE_S)
-
-
-def _check_scheduler(address: str) -> None:
-    """Refuse what is no scheduler before Dask talks to it, which would wait for it without end, or trust its lengths.
-
-    Raises:
-        PathError: nothing answers there, or something else does; or Dask has no certificates for TLS.
-    """
-    import dask
-
-    parts = urlsplit(address)
-    if parts.scheme == "tls" and dask.config.get("distributed.comm.tls.ca-file", None) is None:
-        raise PathError(
-            f"scheduler '{address}': expected certificates in Dask's configuration (distributed.comm.tls), got none; "
-            "see docs/clusters.md"
-        )
-    if parts.scheme != "tcp":
-        return
-    limit = time.monotonic() + CONNECT_S
-    while True:
-        try:
-            if _greets((str(parts.hostname), int(parts.port or 0)), limit):
-                return
-        except OSError as error:
-            if time.monotonic() + POLL_S >= limit:
-                raise _no_answer(address) from error
-        else:
-            raise _no_answer(address)
-        time.sleep(POLL_S)
-
-
-def _greets(address: tuple[str, int], limit: float) -> bool:
-    """Whether who answers there begins as a scheduler does: with the length of a short message."""
-    with socket.create_connection(address, max(POLL_S, limit - time.monotonic())) as connection:
-        received = b""
-        while len(received) < GREETING.size:
-            connection.settimeout(max(POLL_S, limit - time.monotonic()))
-            part = connection.recv(GREETING.size - len(received))
-            if not part:
-                return False
-            received += part
-    return int(GREETING.unpack(received)[0]) < MOST_GREETING_BYTES
-
-
-def _no_answer(cluster: Any) -> PathError:
-    return PathError(
-        f"scheduler '{cluster}': expected a Dask scheduler that answers, got none in {CONNECT_S:.0f} s; check the "
-        "address, or start one: dask scheduler"
-    )
 
 
 def _say_where_to_look(client: Any, say: Callable[[str], object]) -> None:

@@ -2,7 +2,14 @@
 
 import click
 
+from studenttrain.specialists.fit_cli import fit_command
+from studenttrain.specialists.plan_cli import plan_command
+
 
 @click.group("specialists", context_settings={"help_option_names": ["-h", "--help"]})
 def specialists_group() -> None:
     """Specialists for the classes that a generalist confuses, from the targets that it stored."""
+
+
+specialists_group.add_command(fit_command)
+specialists_group.add_command(plan_command)

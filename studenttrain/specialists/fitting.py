@@ -1,0 +1,364 @@
+"""All specialists of a plan, trained from a store: what `studenttrain specialists fit` does."""
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from storage.backends.files import clear_os_errors, make_folder
+from storage.console import format_count
+from storage.errors import MismatchError, NotSealedError, PathError, StudentError
+from storage.reader import Store
+from storage.urls import is_url
+from studenttrain.checkpoint import CHECKPOINT, load_checkpoint
+from studenttrain.checks import check_class_names, check_same_run, open_targets, store_identity
+from studenttrain.config import FitConfig, check_not_empty
+from studenttrain.ending import FitResult, ended_run
+from studenttrain.export import CARD, load_card
+from studenttrain.preparation import look_at_data, prepare
+from studenttrain.selection import RowClasses, name_classes
+from studenttrain.specialists.plan import SpecialistsPlan, load_plan, write_plan
+from studenttrain.specialists.sampling import DEFAULT_OWN_SHARE, RowCounts, classes_of_rows, counts_of
+from studenttrain.specialists.specialist import PLAN, Phase, phase_folder, write_phases
+from studenttrain.specialists.specialty import Specialty
+from studenttrain.train import fit
+
+PATHS = ("init", "labels", "val_data", "val_labels", "cache")
+
+
+@dataclass(frozen=True)
+class SpecialistsConfig:
+    """What specialists are trained, on what, and how.
+
+    Attributes:
+        targets: path of the generalist's store.
+        data: path of the corpus that it was made from.
+        plan: path of the plan.
+        student: spec of a model of all classes, whose last layer is replaced.
+        out: folder of all.
+        epochs: passes over a specialist's rows in the phase `hard`; this or `steps`, or neither for no such phase.
+        steps: optimizer steps of it.
+        soft_epochs: passes of the phase `soft`, which goes on from it; None leaves it out.
+        alpha: weight of the soft targets in the phase `soft`, in (0, 1]; None is as in `fit`.
+        temperature: of the phase `soft`; None is the largest that the store declares.
+        own_share: of the rows of an epoch that are of the own classes, above 0 and below 1.
+        specialists: numbers of those that are trained; none for all.
+        workers: processes of this machine that train them side by side; None trains one after the other, in this one.
+        scheduler: address of a Dask scheduler whose workers do it.
+        training: further options of `FitConfig`, for both phases.
+
+    Raises:
+        ValueError: an option is out of range, contradicts another, or would be ignored.
+    """
+
+    targets: str
+    data: str
+    plan: str
+    student: str
+    out: str
+    epochs: int | None = None
+    steps: int | None = None
+    soft_epochs: int | None = None
+    alpha: float | None = None
+    temperature: float | None = None
+    own_share: float = DEFAULT_OWN_SHARE
+    specialists: tuple[int, ...] = ()
+    workers: int | None = None
+    scheduler: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_not_empty("plan", self.plan)
+        check_not_empty("scheduler", self.scheduler)
+        if not self.phases:
+            raise ValueError("epochs, steps, soft_epochs: expected one of them, got none; say how long to train")
+        if not 0 < self.own_share < 1:
+            raise ValueError(f"own_share: expected a number between 0 and 1, got {self.own_share:g}")
+        for name in ("alpha", "temperature"):
+            if getattr(self, name) is not None and self.soft_epochs is None:
+                raise ValueError(f"{name}: expected --soft-epochs beside it, got none; leave it out, or give them")
+        if self.alpha == 0:
+            raise ValueError("alpha: expected a number above 0, up to 1, got 0; leave --soft-epochs out instead")
+        if self.workers is not None and self.scheduler is not None:
+            raise ValueError("workers, scheduler: expected one of them, got both; leave one out")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers: expected at least 1, got {self.workers}")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("torchrun: expected one process, got ranks; give --workers or --scheduler instead")
+        for phase in self.phases:
+            self.run(0, phase)  # built to be checked
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """What each specialist goes through, in order."""
+        hard: tuple[Phase, ...] = () if self.epochs is None and self.steps is None else ("hard",)
+        return hard if self.soft_epochs is None else (*hard, "soft")
+
+    def run(self, number: int, phase: Phase) -> FitConfig:
+        """The options of a phase of a specialist, which is a run of `fit` in a folder of its own."""
+        place = {"targets": self.targets, "data": self.data, "student": self.student, "cache_size": None}
+        place["out"] = str(phase_folder(Path(self.out), number, phase))
+        if phase == "hard":
+            how: dict[str, Any] = {"epochs": self.epochs, "steps": self.steps, "alpha": 0.0}
+        else:
+            how = {"epochs": self.soft_epochs, "alpha": self.alpha, "temperature": self.temperature}
+            if "hard" in self.phases:
+                how["init"] = str(phase_folder(Path(self.out), number, "hard"))
+        return FitConfig(**{**place, **self.training, **how})
+
+    def absolute(self) -> "SpecialistsConfig":
+        """The same for a process in another folder."""
+
+        def at(path: Any) -> Any:
+            return path if path is None or is_url(path) else os.path.abspath(path)  # noqa: PTH100 - keeps links
+
+        paths = {name: at(getattr(self, name)) for name in ("targets", "data", "plan", "out")}
+        training = {name: at(value) if name in PATHS else value for name, value in self.training.items()}
+        return replace(self, **paths, training=training)
+
+
+@dataclass(frozen=True)
+class SpecialistResult:
+    """What came of one specialist.
+
+    Attributes:
+        number: in the plan.
+        classes: how its own classes are called.
+        rows: that it was trained on.
+        phases: what came of each, in order.
+    """
+
+    number: int
+    classes: str
+    rows: RowCounts
+    phases: tuple[tuple[Phase, FitResult], ...]
+
+    def __str__(self) -> str:
+        parts = [f"specialist {self.number}: {self.classes}"]
+        parts.append(f"{format_count(self.rows.own)} own rows and {format_count(self.rows.drawn)} others an epoch")
+        for phase, result in self.phases:
+            text = f"{phase}: {format_count(result.steps)} steps"
+            figures = result.figures
+            if figures is not None and figures.top1 is not None:
+                text += f", {100 * figures.top1:.2f} % of {format_count(figures.num_samples)} own rows right"
+            parts.append(text + (" (had ended already)" if result.already_ended else ""))
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class SpecialistsResult:
+    """What came of all.
+
+    Attributes:
+        out: their folder.
+        specialists: those that were asked for.
+        num_planned: specialists of the plan.
+    """
+
+    out: str
+    specialists: tuple[SpecialistResult, ...]
+    num_planned: int
+
+    def __str__(self) -> str:
+        done = f"{len(self.specialists)} of {self.num_planned} specialists: {self.out}"
+        return "\n".join([*map(str, self.specialists), done])
+
+
+def fit_specialists(config: SpecialistsConfig, quiet: bool = False) -> SpecialistsResult:
+    """Train the specialists of a plan, or go on with them where the same options stopped.
+
+    Args:
+        config: what is trained, on what, and how.
+        quiet: print nothing but warnings.
+
+    Raises:
+        StoreError: something that the user can mend; the message says how.
+        ValueError: options that contradict each other, or that would be ignored.
+        Interrupted: SIGINT or SIGTERM stopped it; what was done is kept.
+    """
+    plan = load_plan(config.plan)
+    numbers = _numbers(config, plan)
+    with contextlib.closing(open_targets(config.targets, config.run(0, config.phases[0]).cache_settings)) as store:
+        check_plan(plan, store, config.plan)
+        check_store(store)
+    out = Path(config.out)
+    _take_folder(out, plan)
+    write_phases(out, config.phases)
+    say = _say(quiet)
+    owed = [number for number in numbers if not is_done(config, number)]
+    told = look_once(config, plan, owed[0], quiet) if owed else None
+    if (config.workers is None and config.scheduler is None) or not owed:
+        for number in owed:
+            named = name_classes(plan.specialists[number], plan.class_names)
+            say(f"specialist {number} of {len(plan.specialists)}: {named}")
+            train_one(config, plan, number, told, quiet)
+    else:
+        from studenttrain.specialists.parallel import train_on_workers
+
+        train_on_workers(config.absolute(), plan, owed, say, quiet)
+    return SpecialistsResult(
+        config.out, tuple(_result(config, plan, number, owed) for number in numbers), len(plan.specialists)
+    )
+
+
+def train_one(
+    config: SpecialistsConfig, plan: SpecialistsPlan, number: int, told: Any = None, quiet: bool = True
+) -> None:
+    """Train one specialist through its phases, or go on with it.
+
+    Args:
+        config: of all.
+        plan: of all.
+        number: which one.
+        told: the class of each row, as `classes_of_rows` gives it; None reads it.
+        quiet: print nothing but warnings.
+    """
+    specialty = Specialty(number, plan.specialists[number], config.own_share, told, is_checked=True)
+    for phase in config.phases:
+        fit(config.run(number, phase), quiet, specialty)
+
+
+def is_done(config: SpecialistsConfig, number: int) -> bool:
+    """Whether all phases of a specialist have ended; other options than those it had are refused when it goes on."""
+    for phase in config.phases:
+        run = config.run(number, phase)
+        path = Path(run.out) / CHECKPOINT
+        if not path.is_file():
+            return False
+        checkpoint = load_checkpoint(path)
+        check_same_run(checkpoint["config"], run)
+        if ended_run(Path(run.out), checkpoint["step"]) is None:
+            return False
+    return True
+
+
+def look_once(config: SpecialistsConfig, plan: SpecialistsPlan, number: int, quiet: bool) -> Any:
+    """Hold the corpus against the store, once for all specialists; the class of each row, and what told it.
+
+    Args:
+        config: of all.
+        plan: of all.
+        number: of a specialist that is built, to see that its model can be.
+        quiet: print nothing but warnings.
+
+    Raises:
+        StoreError: something does not fit.
+        ValueError: the phase `hard` without hard targets.
+    """
+    first, last = (config.run(number, phase) for phase in (config.phases[0], config.phases[-1]))
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(open_targets(config.targets, first.cache_settings))
+        prepared = prepare(last if config.soft_epochs is not None else replace(last, alpha=None), store, stack)
+        rows = RowClasses(store, prepared.corpus)
+        if "hard" in config.phases and rows.by_top1:
+            raise ValueError(
+                f"epochs, steps: expected hard targets for them, got none in '{config.targets}' or '{config.data}'; "
+                "give --soft-epochs alone, or hard targets: --labels"
+            )
+        Specialty(number, plan.specialists[number]).build(first, prepared, begins=True)
+        look_at_data(prepared, quiet)
+        return classes_of_rows(rows)
+
+
+def check_plan(plan: SpecialistsPlan, store: Store, path: str) -> None:
+    """Refuse a plan of another store.
+
+    Raises:
+        MismatchError: it is; the message says in what.
+    """
+    where = f"plan '{path}'"
+    if plan.num_classes != store.manifest.num_classes:
+        raise MismatchError(
+            f"{where}: expected {store.manifest.num_classes} classes as in '{store.path}', got {plan.num_classes}; "
+            "make a plan from this store: studenttrain specialists plan"
+        )
+    check_class_names(where, plan.class_names, store.manifest.class_names, f"store '{store.path}'")
+    then, now = plan.store, store_identity(store)
+    both = then.get("content_digest") is not None and now["content_digest"] is not None
+    name = "content_digest" if both else "digest"
+    if then.get(name) != now[name]:
+        raise MismatchError(
+            f"{where}: expected a plan of '{store.path}' ({name} {str(now[name])[:12]}), got one of another store "
+            f"({str(then.get(name))[:12]}); give --targets that store, or make a plan from this one"
+        )
+
+
+def check_store(store: Store) -> None:
+    """Refuse a store of sequences, and one that may still grow.
+
+    Raises:
+        StudentError: its rows have no class.
+        NotSealedError: it is not finalized.
+    """
+    if store.manifest.sequences is not None:
+        raise StudentError(
+            f"store '{store.path}': expected one whose rows have a class, got sequences of tokens; specialists are for "
+            "classes"
+        )
+    if not store.finalized:
+        raise NotSealedError(
+            f"store '{store.path}': expected a finalized store, since a specialist's rows are counted, got one that "
+            "may still grow; wait until its dump has ended, or finalize it at what is there: logitstore finalize"
+        )
+
+
+def _numbers(config: SpecialistsConfig, plan: SpecialistsPlan) -> tuple[int, ...]:
+    count = len(plan.specialists)
+    for number in config.specialists:
+        if not 0 <= number < count:
+            raise ValueError(f"specialist: expected 0 to {count - 1}, as in '{config.plan}', got {number}")
+    return tuple(sorted(set(config.specialists))) or tuple(range(count))
+
+
+def _take_folder(out: Path, plan: SpecialistsPlan) -> None:
+    """Make the folder, or find that it is of the same plan.
+
+    Raises:
+        PathError: it is of another plan, or of something else.
+    """
+    if (out / PLAN).is_file():
+        if load_plan(out / PLAN) != plan:
+            raise PathError(
+                f"{out}: expected the folder of this plan, got one of another; give --out another folder, or the plan "
+                f"that lies there: {out / PLAN}"
+            )
+        return
+    if out.exists() and not out.is_dir():
+        raise PathError(f"{out}: expected a folder, or nothing, got a file; give --out another path")
+    if out.is_dir() and (names := sorted(path.name for path in out.iterdir())):
+        raise PathError(
+            f"{out}: expected an empty folder or one of specialists, got '{names[0]}'; give --out another path"
+        )
+    with clear_os_errors(out):
+        make_folder(out)
+    write_plan(out / PLAN, plan)
+
+
+def _result(config: SpecialistsConfig, plan: SpecialistsPlan, number: int, owed: Sequence[int]) -> SpecialistResult:
+    """What stands in the folder of a specialist that has ended."""
+    found: list[tuple[Phase, FitResult]] = []
+    for phase in config.phases:
+        folder = phase_folder(Path(config.out), number, phase)
+        result = ended_run(folder)
+        if result is None:
+            raise StudentError(
+                f"specialist {number}: expected it to have ended in '{folder}', got no result there; give every worker "
+                "the same place for --out"
+            )
+        found.append((phase, replace(result, already_ended=number not in owed)))
+    specialist = load_card(folder / CARD).specialist
+    assert specialist is not None
+    named = name_classes(plan.specialists[number], plan.class_names)
+    return SpecialistResult(number, named, counts_of(specialist["rows"]), tuple(found))
+
+
+def _say(quiet: bool) -> Callable[[str], None]:
+    def say(text: str) -> None:
+        if not quiet:
+            click.echo(text, err=True)
+
+    return say
