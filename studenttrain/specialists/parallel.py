@@ -64,7 +64,7 @@ def train_on_workers(
                 )
             for future in [future for future in pending if future.done()]:
                 pending.remove(future)
-                _check(future, names[future])
+                check_future(future, names[future])
                 say(f"specialist {names[future]} has ended, {len(pending)} left")
                 bar.advance(1)
 
@@ -102,7 +102,7 @@ def device_of(device: str, worker: Any) -> str:
     return f"cuda:{int(worker) % count}" if count > 1 and isinstance(worker, int) else device
 
 
-def _check(future: Any, number: int) -> None:
+def check_future(future: Any, number: int) -> None:
     """Raise what kept a specialist from its end.
 
     Raises:
@@ -183,7 +183,7 @@ def _cluster(config: SpecialistsConfig, most: int) -> Iterator[Any]:
             processes=True,
             host="127.0.0.1",
             scheduler_port=0,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             memory_limit=0,  # a nanny that kills at a share of the memory would look like a worker that dies
             silence_logs=logging.CRITICAL,
         )

@@ -18,9 +18,10 @@ from storage.errors import MismatchError, NotSealedError, StudentError
 from storage.reader import Store, open_store
 from studenttrain.cli import main
 from studenttrain.export import load_card
+from studenttrain.metrics import StepLog
 from studenttrain.selection import ClassSelection, RowClasses, choose_classes, name_classes, parse_classes
 from studenttrain.stream import TargetStream
-from studenttrain.train import StepLog, fit
+from studenttrain.train import fit
 from tests.builders import write_image_folder
 from tests.series import write_image_member
 from tests.studenttrain.runs import (

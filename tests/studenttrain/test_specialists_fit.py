@@ -1,5 +1,6 @@
 """Specialists: their rows, their classes, and runs that train them."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from distributed import KilledWorker
 from numpy.typing import NDArray
 from torch import nn
 
@@ -29,11 +32,14 @@ from studenttrain.ending import RESULT
 from studenttrain.export import build_carded, load_card, load_student
 from studenttrain.heads import Head
 from studenttrain.loss import default_loss, soft_loss
-from studenttrain.models import MLP, build_model
+from studenttrain.metrics import StepLog
+from studenttrain.models import build_model
+from studenttrain.preparation import hold_folder
 from studenttrain.selection import RowClasses
 from studenttrain.specialists.collapse import OwnClasses
-from studenttrain.specialists.fitting import SpecialistsConfig, fit_specialists
+from studenttrain.specialists.fitting import SpecialistsConfig, check_store, fit_specialists
 from studenttrain.specialists.head import cut_head
+from studenttrain.specialists.parallel import check_future, device_of
 from studenttrain.specialists.plan import SpecialistsPlan, write_plan
 from studenttrain.specialists.sampling import choose_rows, counts_of
 from studenttrain.specialists.specialist import (
@@ -97,6 +103,13 @@ def words_of(config: SpecialistsConfig) -> list[str]:
     for name, value in config.training.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     return words
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Ground:
+    """Names of what is not there, where nothing is read."""
+    (tmp_path / "plan.json").touch()
+    return Ground(tmp_path, tmp_path / "corpus.npz", tmp_path / "targets.zarr")
 
 
 def weights_of(config: SpecialistsConfig, number: int, phase: Any) -> dict[str, torch.Tensor]:
@@ -369,9 +382,7 @@ def test_specialists_begin_from_the_generalist_and_are_loaded_again(ground: Grou
         assert figures.top1 == pytest.approx((logprobs.argmax(1) == known).float().mean().item())
         assert figures.nll == pytest.approx(-logprobs.gather(1, known[:, None]).mean().item(), rel=1e-4)
     before, again = load_specialists(config.out, "hard")[1].model, specialist.model
-    assert isinstance(before, MLP)
-    assert isinstance(again, MLP)
-    assert not torch.equal(before.layers[0].weight, again.layers[0].weight)
+    assert not torch.equal(before.state_dict()["layers.0.weight"], again.state_dict()["layers.0.weight"])
     card = load_card(phase_folder(Path(config.out), 1, "soft") / "student.json")
     assert card.num_classes == 3
     assert build_carded(card)(torch.zeros(1, NUM_FEATURES)).shape == (1, 3)
@@ -421,8 +432,6 @@ def test_specialists_that_are_killed_go_on_to_the_same_weights(ground: Ground, m
     options: dict[str, Any] = {"epochs": 2, "soft_epochs": 2, "training": {"checkpoint_every": "2", "ema": 0.9}}
     whole = config_of(ground, "whole", **options)
     fit_specialists(whole, quiet=True)
-    from studenttrain.metrics import StepLog
-
     add, done, left = StepLog.add, [0], [3, 5, 11, 17, 18]
 
     def with_kill(self: StepLog, *values: Any) -> None:
@@ -509,8 +518,6 @@ def test_specialists_of_sequences_are_refused(ground: Ground, monkeypatch: pytes
     monkeypatch.setattr("studenttrain.specialists.fitting.check_plan", lambda *_: None)
     with open_store(ground.targets) as store:
         object.__setattr__(store.manifest, "sequences", object())
-        from studenttrain.specialists.fitting import check_store
-
         with pytest.raises(StudentError, match="expected one whose rows have a class, got sequences of tokens"):
             check_store(store)
     assert config.phases == ("hard",)
@@ -532,15 +539,15 @@ def test_specialists_of_sequences_are_refused(ground: Ground, monkeypatch: pytes
         ({"plan": ""}, "plan: expected some text, got none"),
     ],
 )
-def test_options_that_can_not_be_are_refused(options: dict[str, Any], message: str, ground: Ground) -> None:
+def test_options_that_can_not_be_are_refused(options: dict[str, Any], message: str, bare: Ground) -> None:
     with pytest.raises(ValueError, match=message):
-        config_of(ground, **{"epochs": 1, **options})
+        config_of(bare, **{"epochs": 1, **options})
 
 
-def test_ranks_are_refused(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_are_refused(bare: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="torchrun: expected one process, got ranks; give --workers or --scheduler"):
-        config_of(ground)
+        config_of(bare)
 
 
 def test_a_specialist_that_the_plan_does_not_have_is_refused(ground: Ground) -> None:
@@ -636,11 +643,57 @@ def test_workers_give_the_weights_of_one_process_though_one_dies(
     assert (ground.folder / "killed").exists()
     assert "specialist 0 has ended" in result.output
     assert_same(alone, shared)
-    # what a worker met is said as it would be here
-    bad = config_of(ground, "bad", workers=1, **options | {"training": {"weight_decay": 0.0, "precision": "fp16"}})
-    result = CliRunner().invoke(main, [*words_of(bad), "-q"])
-    assert result.exit_code == 1
-    assert "error: specialist" in result.output
+
+
+@pytest.fixture
+def scheduler() -> Iterator[Callable[[int], str]]:
+    """Starts a Dask cluster in this process, whose worker has so many threads, and gives its address."""
+    from distributed import LocalCluster
+
+    with contextlib.ExitStack() as stack:
+
+        def start(num_threads: int) -> str:
+            options: dict[str, Any] = {"processes": False, "protocol": "tcp://", "dashboard_address": "127.0.0.1:0"}
+            cluster = LocalCluster(1, threads_per_worker=num_threads, host="127.0.0.1", **options)
+            stack.enter_context(cluster)
+            return str(cluster.scheduler_address)
+
+        yield start
+
+
+def test_workers_of_a_scheduler_train_and_say_what_they_met(ground: Ground, scheduler: Callable[[int], str]) -> None:
+    config = config_of(ground, epochs=1)
+    one, two = scheduler(1), scheduler(2)
+    with pytest.raises(StudentError, match=r"specialist \d: worker '.*': expected one thread, since two trainings"):
+        fit_specialists(replace(config, scheduler=two), quiet=True)
+    fit_specialists(replace(config, scheduler=one), quiet=True)
+    alone = config_of(ground, "alone", epochs=1)
+    fit_specialists(alone, quiet=True)
+    assert_same(alone, config)
+    (Path(config.out) / "specialist-00" / "hard" / RESULT).unlink()
+    with (
+        hold_folder(str(phase_folder(Path(config.out), 0, "hard"))),
+        pytest.raises(StudentError, match=r"specialist 0: .*: expected a folder that no other run writes to, got one"),
+    ):
+        fit_specialists(replace(config, scheduler=one), quiet=True)
+
+
+def test_a_worker_that_dies_again_and_again_and_one_that_fails_are_said() -> None:
+    for error, message in (
+        (KilledWorker("task", None, 3), "specialist 4: expected a worker that lives until it has ended, got several"),
+        (RuntimeError("boom"), "specialist 4: expected it to end, got RuntimeError: boom; run without --workers"),
+    ):
+        future: Future[None] = Future()
+        future.set_exception(error)
+        with pytest.raises(StudentError, match=message):
+            check_future(future, 4)
+
+
+def test_workers_share_the_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [device_of("auto", worker) for worker in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert device_of("cpu", 1) == "cpu"
+    assert device_of("auto", "a name") == "auto"
 
 
 @pytest.mark.slow
