@@ -1,7 +1,6 @@
 """`logitstore`: look at a store, check it, finalize it, pack it another way."""
 
 import contextlib
-import heapq
 import json
 from collections.abc import Iterator
 from importlib.metadata import entry_points
@@ -17,13 +16,10 @@ from storage.diff_cli import diff_command
 from storage.errors import StoreError
 
 if TYPE_CHECKING:
-    from storage.scan import Stats, VerifyResult
+    from storage.scan import VerifyResult
 
 COMMANDS = "logitstore.commands"  # group of entry points: commands that other packages bring
 SHOWN_DAMAGE = 20
-SHOWN_CLASSES = 10
-SHOWN_REASONS = 10
-NAME_CHARACTERS = 24
 
 STORE = click.argument("store")  # a path or a URL
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -110,6 +106,7 @@ def stats(store: str, as_json: bool, picture: Path | None, threads: int | None) 
     with command_errors():
         from storage.scan import check_picture_path, write_picture
         from storage.scan import stats as count
+        from storage.stats_text import stats_text
 
         if picture is not None:
             check_picture_path(picture)
@@ -118,7 +115,7 @@ def stats(store: str, as_json: bool, picture: Path | None, threads: int | None) 
         if picture is not None:
             write_picture(figures, picture)
             click.echo(f"picture: {picture}", err=True)
-        click.echo(_json(figures.to_json()) if as_json else printable(_stats_text(figures)))
+        click.echo(_json(figures.to_json()) if as_json else printable(stats_text(figures)))
 
 
 @main.command()
@@ -201,61 +198,3 @@ def _verify_text(result: "VerifyResult") -> str:
         lines.append(f"content digest {result.content_digest}")
     lines.append("nothing is damaged" if result.ok else f"{format_count(len(result.damage))} found damaged")
     return "\n".join(lines)
-
-
-def _stats_text(figures: "Stats") -> str:
-    from storage.scan import class_label
-
-    lines = [f"{figures.path}: {format_count(figures.num_sealed_rows)} rows sealed of {format_count(figures.num_rows)}"]
-    if figures.num_tokens is not None:
-        num_positions = figures.num_sealed_rows * figures.num_positions
-        lines.append(
-            f"  tokens           {format_count(figures.num_tokens)} of {format_count(num_positions)} positions; the "
-            "others are masked, or in rows without targets"
-        )
-    lines.append(f"  without targets  {format_count(figures.num_refused)}")
-    lines += [
-        f"    {format_count(item.num_rows)} x {item.reason} (row {item.row}: {item.key})"
-        for item in figures.refused[:SHOWN_REASONS]
-    ]
-    lines.append(f"  entropy          {figures.entropy.mean:.4g} nats in the mean, at T = 1")
-    lines += [
-        f"  kept at T = {kept.temperature:<4g} {100 * kept.mean:.4g} % in the mean, at least {100 * kept.p5:.4g} % "
-        f"in 95 % of {figures.counted}, {100 * kept.min:.4g} % in the worst"
-        for kept in figures.kept_mass
-    ]
-    if figures.agreement is not None and figures.agreement.num_rows:
-        agreed, known = figures.agreement.num_agreed, figures.agreement.num_rows
-        share = f"{100 * agreed / known:.2f} %"
-        target = "hard target met " if figures.sequences is None else "next token met  "
-        lines.append(f"  {target} {share} ({format_count(agreed)} of {format_count(known)})")
-    if figures.hard_target_nll is not None:
-        target = "hard targets" if figures.sequences is None else "next tokens"
-        lines.append(f"  teacher's loss   {figures.hard_target_nll:.4g} nats on the {target}, in the mean")
-    if figures.num_top1_ties:
-        ties = f"{format_count(figures.num_top1_ties)} {figures.counted}"
-        lines.append(f"  top-1 ties       {ties}, counted for the lowest class")
-    order = heapq.nsmallest(
-        SHOWN_CLASSES, range(figures.num_classes), key=lambda index: (-figures.top1_counts[index], index)
-    )
-    kind = "class" if figures.sequences is None else "id"
-    unnamed = f"{kind} " if figures.class_names is None else ""
-    shown = [
-        f"{unnamed}{class_label(figures, i)[:NAME_CHARACTERS]}: {format_count(figures.top1_counts[i])}"
-        for i in order
-        if figures.sequences is None or figures.top1_counts[i]
-    ]
-    others = figures.num_classes - len(shown)
-    more = f", and {format_count(others)} {'classes' if kind == 'class' else 'ids'} more" if others else ""
-    lines.append(f"  top-1            {', '.join(shown)}{more}")
-    for unit, costs in (("row  ", figures.bytes_per_row), ("token", figures.bytes_per_token)):
-        if costs is not None:
-            by_size = sorted(costs.items(), key=lambda pair: -pair[1])
-            lines.append(f"  bytes a {unit}    {sum(costs.values()):,.1f}: " + _costs(by_size))
-    if figures.head_bytes:
-        lines.append(f"  head             {format_bytes(figures.head_bytes)}, once")
-    return "\n".join(lines)
-
-
-def _costs(costs: list[tuple[str, float]]) -> str:
-    return ", ".join(f"{name} {count:,.1f}" for name, count in costs)

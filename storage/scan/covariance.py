@@ -26,7 +26,7 @@ BLOCK_VALUES = 1 << 23  # of a block as float32: a product of fewer rows spends 
 FEWEST_ROWS = 512  # of a block
 CACHED_VALUES = 1 << 17  # few enough to stay in the cache while they are exponentiated
 TILE = 256  # classes of a product, so that only half of a symmetric matrix is computed
-PAIR_CLASSES = 32  # with so many classes for each kept entry, adding up pairs is quicker than a product with zeros
+PAIR_CLASSES = 48  # with so many classes for each kept entry, adding up pairs is quicker than a product with zeros
 MOST_READERS = 8  # threads; the product has all cores anyway
 SUM_BYTES, RESULT_BYTES = 8, 4  # of an entry of the matrix
 
@@ -58,8 +58,8 @@ def covariance(store: Store, *, num_workers: int | None = None, progress: Progre
     """Mean and covariance of the probabilities at T = 1 of all sealed rows with targets, in one pass.
 
     Memory: 12 bytes for each of C x C entries (4.8 GB at C = 20,000, 12 MB at 1,000), and some blocks of rows; see
-    `covariance_bytes`, which is held against the free memory before the pass. Blocks are read side by side and added
-    up in their order, so that the result does not depend on who was first.
+    `covariance_bytes`, which is held against the free memory before the pass. Some blocks are read side by side, then
+    added up in their order, so that the result does not depend on which was first.
 
     It is exact for dense and hidden stores. A topk store must declare T = 1; classes that a row does not keep count as
     0 in it, and `mean_tail` says how much that leaves out. Of draws the mean is unbiased, but no product of two shares
@@ -88,18 +88,13 @@ def covariance(store: Store, *, num_workers: int | None = None, progress: Progre
     def load(block: Block) -> "_Part":
         return _load(store, block, head)
 
-    def add(before: object, part: "_Part") -> None:
-        del before  # only has to be done
-        total.add(part)
-        if progress is not None:
-            progress(part.num_rows)
-
     waiting = _all_blocks(store)
-    while batch := list(islice(waiting, workers + 2)):  # so many are in memory at most
-        done = None
-        for block in batch:
-            done = delayed(add, pure=False)(done, delayed(load, pure=False)(block))
-        compute(done, scheduler="threads", num_workers=workers)  # type: ignore[no-untyped-call]
+    while batch := list(islice(waiting, workers)):  # so many are in memory at most
+        parts = [delayed(load, pure=False)(block) for block in batch]
+        for part in compute(*parts, scheduler="threads", num_workers=workers):  # type: ignore[no-untyped-call]
+            total.add(part)  # here, since BLAS takes all cores, which reading threads would only hold up
+            if progress is not None:
+                progress(part.num_rows)
     return total.result()
 
 
@@ -125,12 +120,14 @@ def covariance_bytes(manifest: Manifest, num_workers: int) -> int:
         manifest: of the store.
         num_workers: threads that read.
     """
-    matrix = manifest.num_classes**2 * (SUM_BYTES + RESULT_BYTES)
+    num_classes = manifest.num_classes
+    matrix = num_classes**2 * (SUM_BYTES + RESULT_BYTES)
     rows = max(_block_rows(manifest), manifest.chunk_rows)
-    num_distributions = rows * _num_positions(manifest)
-    part = num_distributions * _kept_of(manifest) * np.dtype(np.float32).itemsize * (1 if _is_full(manifest) else 4)
-    one_tile = min(TILE, manifest.num_classes) * manifest.num_classes * 4
-    return matrix + one_tile + (num_workers + 2) * (part + rows * manifest.row_bytes)
+    num_probs = rows * _num_positions(manifest) * _kept_of(manifest)
+    # of kept entries ids are integers of 8 bytes, and sums go over buckets in float64
+    part = rows * manifest.row_bytes + num_probs * (4 if _is_full(manifest) else 32)
+    spread = 0 if _is_full(manifest) or _has_pairs(manifest) else 2 * max(FEWEST_ROWS * num_classes, BLOCK_VALUES) * 4
+    return matrix + min(TILE, num_classes) * num_classes * 4 + spread + num_workers * part
 
 
 def _check_memory(store: Store, needed: int) -> None:
@@ -173,6 +170,11 @@ def _kept_of(manifest: Manifest) -> int:
     if isinstance(encoding, TopK):
         return encoding.k
     return encoding.num_places(manifest.num_classes) if isinstance(encoding, Sample) else manifest.num_classes
+
+
+def _has_pairs(manifest: Manifest) -> bool:
+    """Whether products are added up by pairs of kept entries, not by matrices with zeros."""
+    return manifest.num_classes >= PAIR_CLASSES * _kept_of(manifest)
 
 
 def _block_rows(manifest: Manifest) -> int:
@@ -287,7 +289,7 @@ class _Moments:
     def __init__(self, manifest: Manifest, where: str) -> None:
         self.where, self.manifest = where, manifest
         num_classes = manifest.num_classes
-        self.has_pairs = num_classes >= PAIR_CLASSES * _kept_of(manifest)
+        self.has_pairs = _has_pairs(manifest)
         self.num, self.num_by_target, self.tail = 0, 0, 0.0
         self.shift_C = np.zeros(num_classes, np.float32)
         self.sums_C, self.counts_C = np.zeros(num_classes), np.zeros(num_classes, np.int64)

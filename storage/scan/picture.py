@@ -156,6 +156,10 @@ def _draw_classes(axes: "Axes", stats: Stats) -> None:
     if stats.agreement is not None:
         agreed = np.array(stats.agreement.agreed_counts)[shown]
         axes.barh(places, agreed, height=0.72, color=BLUE)
+    has_marks = stats.class_mass is not None and stats.sequences is None
+    if stats.class_mass is not None and has_marks:
+        mass = np.array(stats.class_mass.mean)[shown] * counts.sum()
+        axes.plot(mass, places, "|", color=INK, markersize=7, markeredgewidth=1.4)
     axes.set_yticks(places, [_clip(class_label(stats, int(index))) for index in shown])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(max(len(shown), FEWEST_PLACES) - 0.4, -0.6)  # two bars as tall as the page are no picture
@@ -163,7 +167,9 @@ def _draw_classes(axes: "Axes", stats: Stats) -> None:
     _plain_counts(axes, "x")
     title = "Top-1 class" if stats.sequences is None else "Top-1 token id"
     title = title if every else f"{title}, the {SHOWN_CLASSES} most frequent"
-    axes.set_title(title if stats.agreement is None else f"{title} (dark: it is the {_hard_target(stats)})")
+    marks = [] if stats.agreement is None else [f"dark: it is the {_hard_target(stats)}"]
+    marks += ["mark: mean mass"] if has_marks else []
+    axes.set_title(title + (f" ({'; '.join(marks)})" if marks else ""))
     if not every:
         rest = np.delete(counts, shown)
         share = 100 * rest.sum() / max(1, counts.sum())
@@ -285,7 +291,9 @@ def _page(stats: Stats, drawing: str) -> str:
     title, name = ("Classes", "class") if stats.sequences is None else ("Token ids", "id")
     if stats.num_classes > LISTED_CLASSES:
         title += f", the {format_count(LISTED_CLASSES)} most frequent"
-    tables.append(_table(title, (name, f"top-1 {counted}", f"{hard} {counted}", "both"), _class_rows(stats)))
+    tables.append(
+        _table(title, (name, f"top-1 {counted}", f"{hard} {counted}", "both", *_mass_heads(stats)), _class_rows(stats))
+    )
     drawing = drawing[drawing.index("<svg") :]
     return PAGE.format(title=html.escape(Path(stats.path).name), drawing=drawing, tables="\n".join(tables))
 
@@ -312,8 +320,22 @@ def _class_rows(stats: Stats) -> list[tuple[Any, ...]]:
         listed = np.argsort(-np.array(stats.top1_counts), kind="stable")[:LISTED_CLASSES].tolist()
     for index in listed:
         known = (format_count(hard[index]), format_count(both[index])) if hard else ("", "")
-        rows.append((class_label(stats, index), format_count(stats.top1_counts[index]), *known))
+        row = (class_label(stats, index), format_count(stats.top1_counts[index]), *known)
+        rows.append((*row, *_mass_cells(stats, index)))
     return rows
+
+
+def _mass_heads(stats: Stats) -> tuple[str, ...]:
+    return () if stats.class_mass is None else ("mean mass at T = 1", f"in {stats.counted} of other top-1")
+
+
+def _mass_cells(stats: Stats, index: int) -> tuple[str, ...]:
+    mass = stats.class_mass
+    if mass is None:
+        return ()
+    starved = " (starved)" if index in stats.starved_classes else ""
+    elsewhere = mass.elsewhere[index]
+    return (f"{100 * mass.mean[index]:.4g} %{starved}", "" if elsewhere is None else f"{100 * elsewhere:.3g} %")
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
