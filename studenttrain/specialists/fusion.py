@@ -6,10 +6,10 @@ q minimises F(q) = KL(p_g || q) + sum over the active m of KL(p_m || q_m), where
 adds up all others as its dustbin. With n_j = p_g,j + sum of p_m,j over the active specialists that have class j, d_m
 the dustbin's probability, R_m what q leaves to the classes that m does not have, and A active specialists,
 
-    dF/dz_j = (1 + A) q_j - n_j - q_j sum over the active m without class j of d_m / R_m        at q = softmax(z)
+    dF/dz_j = (1 + A) q_j - n_j - q_j sum over the active m without class j of d_m / R_m  at q = softmax(z)
 
-F is convex in q, so that where this is 0 is the optimum. The paper goes down this gradient. Here the same point is found
-in few steps, of no chosen size: with s_m and t_j as unknowns too, it is where
+F is convex in q, so that where this is 0 is the optimum. The paper goes down this gradient. Here the same point is
+found in few steps, of no chosen size: with s_m and t_j as unknowns too, it is where
 
     q_j t_j = n_j,   R_m s_m = d_m,   t_j + sum over the active m without class j of s_m = 1 + A,   q, s, t > 0,
 
@@ -149,7 +149,7 @@ def _normalised(logprobs_NC: Tensor, whose: str, rows: Tensor) -> Tensor:
     if not bool(total_N.isfinite().all()):
         row = int(rows[int((~total_N.isfinite()).nonzero()[0, 0])])
         raise StudentError(
-            f"{whose}: expected a distribution in row {row}, got numbers that are none; look at the model's outputs there"
+            f"{whose}: expected a distribution in row {row}, got something else; look at the model's outputs there"
         )
     return logprobs_NC - total_N[:, None]
 
