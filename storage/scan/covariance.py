@@ -127,7 +127,9 @@ def covariance_bytes(manifest: Manifest, num_workers: int) -> int:
     # of kept entries ids are integers of 8 bytes, and sums go over buckets in float64
     part = rows * manifest.row_bytes + num_probs * (4 if _is_full(manifest) else 32)
     spread = 0 if _is_full(manifest) or _has_pairs(manifest) else 2 * max(FEWEST_ROWS * num_classes, BLOCK_VALUES) * 4
-    return matrix + min(TILE, num_classes) * num_classes * 4 + spread + num_workers * part
+    return (
+        matrix + min(TILE, num_classes) * num_classes * 4 + spread + (num_workers + 1) * part
+    )  # the last one stays while others are read
 
 
 def _check_memory(store: Store, needed: int) -> None:

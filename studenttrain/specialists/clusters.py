@@ -19,7 +19,7 @@ from storage.errors import StudentError
 
 On = Literal["correlation", "covariance"]
 MOST_STARTS = 50  # of k-means, of which the best counts
-STARTED_CLASSES = 20_000  # in all starts together: with more classes it starts less often
+STARTED_CLASSES = 10_000  # in all starts together: with more classes it starts less often
 
 
 @dataclass(frozen=True)
