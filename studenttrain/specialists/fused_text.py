@@ -69,16 +69,16 @@ def _specialist_lines(figures: FusedFigures, class_names: tuple[str, ...] | None
     if not is_known:
         lines = [f"{_begin(line)}  {_names(line.classes, class_names)}" for line in figures.specialists]
         return [f"{'no':>3} {'classes':>7} {'active':>9}", *lines]
+    columns = f"{'own rows':>9} {'before':>8} {'after':>8} {'precision':>9} {'recall':>8}"
     found = [
         f"specialists, on {seen}: top-1 of its own rows among its own classes, before and after; dustbin",
-        f"{'no':>3} {'classes':>7} {'active':>9} {'own rows':>9} {'before':>8} {'after':>8} {'precision':>10} "
-        f"{'recall':>8}",
+        f"{'no':>3} {'classes':>7} {'active':>9} {columns}",
     ]
     for line in figures.specialists:
         shares = [line.own_before, line.own_after, line.dustbin_precision, line.dustbin_recall]
         before, after, precision, recall = ("-" if it is None else f"{100 * it:.2f} %" for it in shares)
         found.append(
-            f"{_begin(line)} {format_count(line.num_own):>9} {before:>8} {after:>8} {precision:>10} {recall:>8}  "
+            f"{_begin(line)} {format_count(line.num_own):>9} {before:>8} {after:>8} {precision:>9} {recall:>8}  "
             f"{_names(line.classes, class_names)}"
         )
     return found
