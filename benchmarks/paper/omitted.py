@@ -15,10 +15,11 @@ Source: Hinton, Vinyals and Dean 2015 (arXiv:1503.02531), section 3: 206 test er
 with the bias raised 109 and 14; from 7s and 8s alone 47.3 % errors, with their biases lowered 13.2 %.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.idx import TEST_CLASSES, TEST_IMAGES, TRAIN_CLASSES, TRAIN_IMAGES, write_part
+from benchmarks.paper.idx import TEST_CLASSES, TEST_IMAGES, read_idx, write_part
 from benchmarks.paper.lab import Lab, lab_of, show
 from benchmarks.paper.students import STUDENT
 from benchmarks.paper.table import Row, spread
@@ -32,18 +33,18 @@ AIM_TWO = 0.16  # of the test images wrong
 
 def run(lab: Lab) -> dict[str, Any]:
     """Errors before and after each correction, over the seeds, those on 3s apart."""
-    threes = part_of(lab, "test", [THREE])
-    others = [number for number in range(10) if number != THREE]
+    mnist = lab.settings.mnist
+    threes = write_part(lab.settings.run / "corpora" / "test-3", mnist / TEST_IMAGES, mnist / TEST_CLASSES, [THREE])
     return {
-        "threes": num_images(threes),
-        "without_3": tried(lab, "without3", ("--without-classes", THREE), lab.settings.omitted_epochs, others, threes),
-        "only_7_8": tried(lab, "only78", ("--only-classes", "7,8"), lab.settings.two_class_epochs, [7, 8], threes),
+        "threes": len(read_idx(threes)),
+        "without_3": tried(lab, "without3", ("--without-classes", THREE), lab.settings.omitted_epochs, threes),
+        "only_7_8": tried(lab, "only78", ("--only-classes", "7,8"), lab.settings.two_class_epochs),
     }
 
 
 def tried(
-    lab: Lab, name: str, selection: tuple[object, ...], epochs: int, seen: list[int], threes: Path
-) -> dict[str, dict[str, list[int]]]:
+    lab: Lab, name: str, selection: tuple[object, ...], epochs: int, threes: Path | None = None
+) -> dict[str, dict[str, list[Any]]]:
     """Errors of one kind of student by what was done to it; `errors` on all test images, `on_3s` on the 3s.
 
     Args:
@@ -51,16 +52,15 @@ def tried(
         name: of the student.
         selection: options of `fit` that choose its rows.
         epochs: passes over these rows.
-        seen: classes of the transfer set.
-        threes: the test 3s.
+        threes: the test 3s, where those are looked at apart.
     """
-    transfer = part_of(lab, "train", seen)
-    found: dict[str, dict[str, list[int]]] = {}
+    found: dict[str, dict[str, list[Any]]] = {}
 
     def note(how: str, named: str, student: Path) -> None:
-        kept = found.setdefault(how, {"errors": [], "on_3s": []})
-        kept["errors"].append(lab.errors(named, student))
-        kept["on_3s"].append(lab.errors(f"{named}-threes", student, threes))
+        kept = found.setdefault(how, {})
+        kept.setdefault("errors", []).append(lab.errors(named, student))
+        if threes is not None:
+            kept.setdefault("on_3s", []).append(lab.errors(f"{named}-threes", student, threes))
 
     for seed in range(lab.settings.seeds):
         options = (*selection, "--epochs", epochs)
@@ -70,33 +70,21 @@ def tried(
         student = lab.fit(named, STUDENT, TEMPERATURE, seed, *options, "--alpha", 1)
         note("soft", named, student)
         for method in METHODS:
-            data = lab.train_images if method == "match" else transfer
-            note(method, f"{named}-{method}", calibrate(lab, f"{named}-{method}", student, method, data))
+            calibrated, biases = calibrate(lab, f"{named}-{method}", student, method)
+            note(method, f"{named}-{method}", calibrated)
+            found[method].setdefault("biases", []).append(biases)
     return found
 
 
-def calibrate(lab: Lab, name: str, student: Path, method: str, data: Path) -> Path:
-    """The folder of a student with its biases shifted."""
+def calibrate(lab: Lab, name: str, student: Path, method: str) -> tuple[Path, list[float]]:
+    """The folder of a student with its biases shifted, and how far; `shift` looks at the rows that it learned from."""
     out = lab.settings.run / "students" / name
-    lab.steps.call(
-        f"calibrate-{name}", "studenttrain", "calibrate", "--checkpoint", student, "--data", data,
-        "--prior", lab.store, "--method", method, "--out", out,
+    own_rows = ("--targets", lab.store) if method == "shift" else ()
+    printed = lab.steps.call(
+        f"calibrate-{name}", "studenttrain", "calibrate", "--checkpoint", student, "--data", lab.train_images,
+        "--prior", lab.store, "--method", method, *own_rows, "--out", out, "--json",
     )  # fmt: skip
-    return out
-
-
-def part_of(lab: Lab, split: str, classes: list[int]) -> Path:
-    """The IDX file of the images of some classes, of the `train` or the `test` images."""
-    images, labels = (TRAIN_IMAGES, TRAIN_CLASSES) if split == "train" else (TEST_IMAGES, TEST_CLASSES)
-    folder = lab.settings.run / "corpora" / f"{split}-{''.join(map(str, classes))}"
-    return write_part(folder, lab.settings.mnist / images, lab.settings.mnist / labels, classes)
-
-
-def num_images(images: Path) -> int:
-    """How many images an IDX file holds."""
-    from benchmarks.paper.idx import read_idx
-
-    return len(read_idx(images))
+    return out, [round(bias, 2) for bias in json.loads(printed)["bias"]]
 
 
 def rows(figures: dict[str, Any]) -> list[Row]:
