@@ -66,17 +66,17 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def put_into(text: str, table: str) -> str:
+def put_into(text: str, table: str, begin_mark: str = BEGIN, end_mark: str = END) -> str:
     """A page with the table between its two marks.
 
     Raises:
         ValueError: the page has no such marks.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(begin_mark)
+    _, end, after = rest.partition(end_mark)
     if not begin or not end:
-        raise ValueError(f"docs/paper.md: expected the marks {BEGIN!r} and {END!r}, got none; put them back")
-    return f"{before}{BEGIN}\n\n{table}\n{END}{after}"
+        raise ValueError(f"docs/paper.md: expected the marks {begin_mark!r} and {end_mark!r}, got none; put them back")
+    return f"{before}{begin_mark}\n\n{table}\n{end_mark}{after}"
 
 
 def table_of(figures: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ command goes on after a kill. Inputs are what `teacherdump run --mean 0.507,0.48
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def main() -> None:
     args = parse_arguments()
     described = args.out.with_suffix(".json")
     if args.out.exists():
-        print(described.read_text())
+        print(json.dumps(json.loads(described.read_text())))
         return
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -108,7 +109,7 @@ def train(
         done["cpu_s"] += time.process_time() - cpu_start
         done["curve"].append({"loss": round(loss, 4), "held_accuracy": held_accuracy})
         said = f"epoch {epoch + 1}: loss {loss:.3f}, held out {held_accuracy:.4f}"
-        print(f"{said}, {done['seconds']:.0f} s, {done['cpu_s']:.0f} s of the CPU", flush=True)
+        print(f"{said}, {done['seconds']:.0f} s, {done['cpu_s']:.0f} s of the CPU", file=sys.stderr, flush=True)
         unfinished = checkpoint.with_suffix(".tmp")
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), **done}, unfinished)
         unfinished.replace(checkpoint)
