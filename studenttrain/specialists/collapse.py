@@ -51,18 +51,19 @@ class OwnClasses:
         return torch.where(hard_targets_N < 0, -1, numbers_C[hard_targets_N.clamp(min=0)])
 
     def soft(self, targets: SoftTargets) -> SoftTargets:
-        """Soft targets among the own classes and the dustbin, whose log-probability is that of all others together.
+        """Soft targets among the own classes and the dustbin, which has at T = 1 what all others have together there.
 
-        Exact for dense logits and hidden states, and for draws, which stay unbiased. Of top-k, where an own class may
-        not be among the kept entries, what is not kept of the own classes can't be told from the dustbin: the buckets
-        are the own classes that are kept, and everything else.
-
-        Source: Hinton, Vinyals and Dean 2015, section 5.2 and 5.3.
+        Of dense logits and hidden states exact at every T: the dustbin's logit is the logsumexp of the others', and
+        then all are divided by T. (Probabilities at T, added up, would make a dustbin that is too large at T = 1, where
+        a specialist is used: of 7 equal classes by the factor 7^(T - 1).) Draws and top-k are taken at T = 1 alone;
+        draws stay unbiased. Of top-k, where an own class may not be among the kept entries, what is not kept of the own
+        classes can't be told from the dustbin: the buckets are the own classes that are kept, and everything else.
         """
         if isinstance(targets, HiddenTargets):
             targets = targets.dense()
         if isinstance(targets, DenseTargets):
             return self._dense(targets)
+        assert targets.temperature == 1, "checked when the run begins"
         numbers = self.numbers_C.to(
             targets.ids_NK.device if isinstance(targets, TopKTargets) else targets.ids_ND.device
         )
@@ -71,11 +72,11 @@ class OwnClasses:
         return self._topk(targets, numbers[targets.ids_NK])
 
     def _dense(self, targets: DenseTargets) -> DenseTargets:
-        logprobs_NC = (targets.values_NC.float() / targets.temperature).log_softmax(1)
-        own_M = torch.tensor(self.classes, device=logprobs_NC.device)
-        own_NM = logprobs_NC[:, own_M]
-        rest_N1 = logprobs_NC.index_fill(1, own_M, -math.inf).logsumexp(1, keepdim=True)
-        values_NM = torch.cat([own_NM, rest_N1], 1) * targets.temperature
+        logits_NC = targets.values_NC
+        logits_NC = logits_NC if logits_NC.dtype == torch.float64 else logits_NC.float()
+        own_M = torch.tensor(self.classes, device=logits_NC.device)
+        rest_N1 = logits_NC.index_fill(1, own_M, -math.inf).logsumexp(1, keepdim=True)
+        values_NM = torch.cat([logits_NC[:, own_M], rest_N1], 1)
         return DenseTargets(values_NM, targets.valid_N, targets.temperature)
 
     def _topk(self, targets: TopKTargets, numbers_NK: Tensor) -> TopKTargets:

@@ -52,7 +52,7 @@ def _with_training(command: Any) -> Any:
 @click.option("--steps", type=int, help="Optimizer steps on hard targets.")
 @click.option("--soft-epochs", type=int, help="Passes on the generalist's soft targets, after that.  [none]")
 @click.option("--alpha", type=float, help="Weight of the soft targets in these.  [0.9; 1 without hard targets]")
-@click.option("--temperature", type=float, help="Of the soft loss.  [the largest that the store declares]")
+@click.option("--temperature", type=float, help="Of the soft loss.  [1, at which specialists are used]")
 @click.option("--own-share", type=float, help="Of the rows of an epoch: of the specialist's own classes.  [0.5]")
 @click.option("--specialist", "specialists", type=int, multiple=True, help="Only this one; repeatable.  [all]")
 @click.option("--workers", type=int, help="Processes of this machine that train side by side.  [one after the other]")

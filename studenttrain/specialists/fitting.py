@@ -44,7 +44,7 @@ class SpecialistsConfig:
         steps: optimizer steps of it.
         soft_epochs: passes of the phase `soft`, which goes on from it; None leaves it out.
         alpha: weight of the soft targets in the phase `soft`, in (0, 1]; None is as in `fit`.
-        temperature: of the phase `soft`; None is the largest that the store declares.
+        temperature: of the phase `soft`; None is 1, at which specialists are used.
         own_share: of the rows of an epoch that are of the own classes, above 0 and below 1.
         specialists: numbers of those that are trained; none for all.
         workers: processes of this machine that train them side by side; None trains one after the other, in this one.
@@ -105,7 +105,8 @@ class SpecialistsConfig:
         if phase == "hard":
             how: dict[str, Any] = {"epochs": self.epochs, "steps": self.steps, "alpha": 0.0}
         else:
-            how = {"epochs": self.soft_epochs, "alpha": self.alpha, "temperature": self.temperature}
+            temperature = 1.0 if self.temperature is None else self.temperature
+            how = {"epochs": self.soft_epochs, "alpha": self.alpha, "temperature": temperature}
             if "hard" in self.phases:
                 how["init"] = str(phase_folder(Path(self.out), number, "hard"))
         return FitConfig(**{**place, **self.training, **how})
@@ -259,7 +260,8 @@ def look_once(config: SpecialistsConfig, plan: SpecialistsPlan, number: int, qui
                 f"epochs, steps: expected hard targets for them, got none in '{config.targets}' or '{config.data}'; "
                 "give --soft-epochs alone, or hard targets: --labels"
             )
-        Specialty(number, plan.specialists[number]).build(first, prepared, begins=True)
+        specialty = Specialty(number, plan.specialists[number], config.own_share, classes_of_rows(rows))
+        specialty.build(first, specialty.narrow(prepared, first.seed), begins=True)
         look_at_data(prepared, quiet)
         return classes_of_rows(rows)
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from storage.corpus.without import without_rows
-from storage.errors import CorpusError, StudentError
+from storage.errors import CorpusError, MismatchError, StudentError
 from storage.reader import Store
 from studenttrain.config import FitConfig
 from studenttrain.export import CARD, StudentCard, load_card, load_student
@@ -54,6 +54,12 @@ class Specialty:
             raise StudentError(
                 f"store '{store.path}': expected one whose rows have a class, got sequences of tokens; specialists are "
                 "for classes"
+            )
+        objective, encoding = prepared.objective, store.manifest.encoding
+        if objective.is_soft and objective.temperature != 1 and encoding.name in ("topk", "sample"):
+            raise MismatchError(
+                f"temperature: expected 1 for specialists from a {encoding.name} store, got {objective.temperature:g}: "
+                "what all other classes have together is known at T = 1 alone; leave --temperature out"
             )
         told = self.told or classes_of_rows(RowClasses(store, prepared.corpus))
         selection = choose_rows(store, told[0], self.classes, self.own_share, seed, told[1])

@@ -128,19 +128,22 @@ def assert_same(one: SpecialistsConfig, two: SpecialistsConfig) -> None:
 # the classes of a specialist
 
 
-def test_the_dustbin_has_what_all_other_classes_have_together() -> None:
-    own, temperature = OwnClasses((1, 4), 6, 0.7), 3.0
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_dustbin_has_at_t1_what_all_other_classes_have_together(temperature: float) -> None:
+    own = OwnClasses((1, 4), 6, 0.7)
     logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)) * 4
-    probs = (logits / temperature).softmax(1)
+    probs = logits.softmax(1)
     expected = torch.stack([probs[:, 1], probs[:, 4], probs[:, [0, 2, 3, 5]].sum(1)], 1)
     valid = torch.ones(5, dtype=torch.bool)
-    dense = own.soft(DenseTargets(logits, valid, temperature))
-    assert isinstance(dense, DenseTargets)
-    torch.testing.assert_close((dense.values_NC / temperature).softmax(1), expected)
     # the same of hidden states: the identity is their head
-    hidden = own.soft(HiddenTargets(logits, Head(torch.eye(6)), valid, temperature))
-    assert isinstance(hidden, DenseTargets)
-    torch.testing.assert_close((hidden.values_NC / temperature).softmax(1), expected)
+    for targets in (
+        DenseTargets(logits, valid, temperature),
+        HiddenTargets(logits, Head(torch.eye(6)), valid, temperature),
+    ):
+        collapsed = own.soft(targets)
+        assert isinstance(collapsed, DenseTargets)
+        assert collapsed.temperature == temperature
+        torch.testing.assert_close(collapsed.values_NC.softmax(1), expected)
 
 
 def test_a_class_that_the_teacher_rules_out_stays_ruled_out() -> None:
@@ -148,14 +151,14 @@ def test_a_class_that_the_teacher_rules_out_stays_ruled_out() -> None:
     logits = torch.tensor([[-math.inf, 0.0, 0.0], [0.0, -math.inf, -math.inf]])
     dense = own.soft(DenseTargets(logits, torch.ones(2, dtype=torch.bool), 2.0))
     assert isinstance(dense, DenseTargets)
-    assert torch.equal((dense.values_NC / 2).softmax(1), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert torch.equal(dense.values_NC.softmax(1), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     loss = soft_loss("kl", torch.zeros(2, 2, requires_grad=True), dense)
     assert torch.isfinite(loss).all()
 
 
 @pytest.mark.parametrize("name", ["tail-bucket", "reverse-kl", "jsd"])
 def test_topk_that_keeps_all_own_classes_gives_the_loss_of_dense(name: str) -> None:
-    own, temperature = OwnClasses((1, 4), 6, 0.7), 2.0
+    own, temperature = OwnClasses((1, 4), 6, 0.7), 1.0
     generator = torch.Generator().manual_seed(1)
     logits, student = torch.randn(7, 6, generator=generator), torch.randn(7, 3, generator=generator)
     logits[:, [1, 4]] += 5  # so that both are among the first three
@@ -334,8 +337,13 @@ def population(folder: Path) -> tuple[Ground, Array, Array]:
 
 @pytest.mark.parametrize(
     "phases",
-    [{"epochs": 60}, {"soft_epochs": 60, "alpha": 1.0}, {"soft_epochs": 60, "alpha": 0.3}],
-    ids=["hard", "soft", "both"],
+    [
+        {"epochs": 60},
+        {"soft_epochs": 60, "alpha": 1.0},
+        {"soft_epochs": 60, "alpha": 0.3},
+        {"soft_epochs": 60, "alpha": 1.0, "temperature": 3.0},
+    ],
+    ids=["hard", "soft", "both", "soft at T = 3"],
 )
 def test_a_corrected_specialist_has_the_probabilities_of_the_whole_population(
     tmp_path: Path, phases: dict[str, Any]
@@ -344,8 +352,6 @@ def test_a_corrected_specialist_has_the_probabilities_of_the_whole_population(
     write_plan_of(ground, [[0, 1]])
     training = {"lr": 0.2, "batch_size": 400, "seed": 1}
     config = config_of(ground, student=f"mlp:{NUM_FEATURES}-4", own_share=0.7, training=training, **phases)
-    if "soft_epochs" in phases:
-        config = replace(config, temperature=1.0)
     fit_specialists(config, quiet=True)
     (specialist,) = load_specialists(config.out)
     assert specialist.dustbin_shift > 0.9  # 180 own rows, 77 of 220 others
@@ -411,6 +417,16 @@ def test_topk_has_a_soft_phase(tmp_path: Path) -> None:
     assert result.specialists[0].phases[0][1].steps > 0
     lines = (phase_folder(Path(config.out), 1, "soft") / "metrics.jsonl").read_text().splitlines()
     assert all(math.isfinite(json.loads(line)["soft_loss"]) for line in lines if '"train"' in line)
+
+
+@pytest.mark.parametrize("encoding", [TopK(2), Dense("float16")], ids=lambda it: it.name)
+def test_only_logits_of_all_classes_allow_another_temperature_than_1(encoding: Encoding, tmp_path: Path) -> None:
+    ground = make_ground(tmp_path, encoding=encoding)
+    config = config_of(ground, soft_epochs=1, specialists=(0,), temperature=4.0)
+    if encoding.name == "topk":
+        assert_refused(MismatchError, "temperature: expected 1 for specialists from a topk store, got 4", config)
+    else:
+        assert fit_specialists(config, quiet=True).specialists[0].phases[0][1].steps > 0
 
 
 def test_without_hard_targets_the_stored_top1_tells_the_own_rows_and_soft_is_all(tmp_path: Path) -> None:
