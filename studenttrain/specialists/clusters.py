@@ -1,6 +1,6 @@
 """Classes that are confused with one another: k-means on the columns of what a store's distributions are together.
 
-Legend: C classes, V classes that vary, S classes of a specialist.
+Legend: C classes, V classes that are clustered, S classes of a specialist.
 
 Source: Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, section 5.3, which clusters the
 columns of the covariance matrix of the generalist's predictions.
@@ -96,13 +96,14 @@ class Clusters:
         specialists: clusters that are large enough, the largest first, then by their first class.
         num_small: clusters that were too small.
         num_same: clusters with the classes of another one, and those that no class is nearest to.
-        still: classes whose probability does not vary at all, which are in no cluster.
+        apart: classes in no cluster: their probability does not vary, or, where correlations are clustered, is above
+            its mean together with no other's.
     """
 
     specialists: tuple[Cluster, ...]
     num_small: int = 0
     num_same: int = 0
-    still: tuple[int, ...] = field(default=())
+    apart: tuple[int, ...] = field(default=())
 
 
 def check_scikit_learn() -> None:
@@ -133,22 +134,20 @@ def find_clusters(covariance_CC: Array, options: ClusterOptions) -> Clusters:
     """
     options.check(len(covariance_CC))
     check_scikit_learn()
-    deviation_C = np.sqrt(np.maximum(np.diagonal(covariance_CC), 0).astype(np.float64))
-    varying = np.flatnonzero(deviation_C > 0)
+    varying, columns_VC = _columns(covariance_CC, options.on)
     if len(varying) < max(2, options.num_specialists):
         raise StudentError(
-            f"specialists plan: expected at least {max(2, options.num_specialists)} classes whose probability differs "
-            f"from row to row, got {len(varying)}; use a store of more rows, or fewer specialists"
+            f"specialists plan: expected at least {max(2, options.num_specialists)} classes that are confused with "
+            f"another one, got {len(varying)}; use a store of more rows, or fewer specialists"
         )
-    columns_VV = _columns(covariance_CC, deviation_C, varying, options.on)
-    labels_V, centres = _k_means(columns_VV, options)
-    squares_V = np.einsum("vw,vw->v", columns_VV, columns_VV)
+    labels_V, centres = _k_means(columns_VC, options)
+    squares_V = np.einsum("vc,vc->v", columns_VC, columns_VC)
     found: dict[tuple[int, ...], None] = {}
     sizes = np.bincount(labels_V, minlength=options.num_specialists)
     for cluster in np.flatnonzero(sizes >= options.min_classes):
         members = np.flatnonzero(labels_V == cluster)
         if options.classes_each is not None:
-            apart_V = squares_V - 2 * (columns_VV @ centres[cluster])  # but for what is the same for all
+            apart_V = squares_V - 2 * (columns_VC @ centres[cluster])  # but for what is the same for all
             members = np.argsort(apart_V, kind="stable")[: options.classes_each]
         found[tuple(sorted(varying[members].tolist()))] = None
     num_small = int(((sizes > 0) & (sizes < options.min_classes)).sum())
@@ -163,42 +162,48 @@ def find_clusters(covariance_CC: Array, options: ClusterOptions) -> Clusters:
         tuple(Cluster(classes, *tightness(covariance_CC, classes)) for classes in ordered),
         num_small,
         options.num_specialists - num_small - len(found),
-        tuple(np.flatnonzero(deviation_C == 0).tolist()),
+        tuple(sorted(set(range(len(covariance_CC))) - set(varying.tolist()))),
     )
 
 
-def _columns(covariance_CC: Array, deviation_C: Array, varying: Array, on: On) -> Array:
-    """What k-means is run on, float32 (V, V): a row a class.
+def _columns(covariance_CC: Array, on: On) -> tuple[Array, Array]:
+    """The classes that are clustered, ascending, and what k-means is run on: a row each, float32 (V, C).
 
-    Of the correlation, a class's entry with itself is not 1 but what it has with the class that it is confused with
-    most. Two classes that are confused with each other, and with no other one, have columns that are alike only then:
-    with 1, or with 0, each stands alone. A column's length says how much a class is confused at all; it is made 1, so
-    that what counts is with which. The covariance is taken as it is.
+    Of the correlation only what is above 0 counts: with which classes one is confused, not with which it is not. The
+    entry with itself is not 1 but what a class has with the one that it is confused with most: two classes that are
+    confused with each other, and with no other one, have columns that are alike only then; with 1, or with 0, each
+    stands alone. Each column is made of length 1, so that it does not matter how much a class is confused at all. The
+    covariance is taken as it is.
     """
-    columns_VV: Array = covariance_CC[np.ix_(varying, varying)].astype(np.float32, copy=False)
+    deviation_C = np.sqrt(np.maximum(np.diagonal(covariance_CC), 0))
     if on == "covariance":
-        return columns_VV
-    inverse_V = (1 / deviation_C[varying]).astype(np.float32)
-    columns_VV *= inverse_V
-    columns_VV *= inverse_V[:, None]
-    np.fill_diagonal(columns_VV, -np.inf)
-    np.fill_diagonal(columns_VV, np.maximum(columns_VV.max(axis=1), 0))
-    length_V = np.linalg.norm(columns_VV, axis=1)
-    columns_VV /= np.where(length_V > 0, length_V, 1)[:, None]
-    return columns_VV
+        varying = np.flatnonzero(deviation_C > 0)
+        return varying, covariance_CC[varying]
+    inverse_C = np.where(deviation_C > 0, 1 / np.where(deviation_C > 0, deviation_C, 1), 0).astype(np.float32)
+    columns_CC = covariance_CC * inverse_C
+    columns_CC *= inverse_C[:, None]
+    np.fill_diagonal(columns_CC, 0)
+    np.maximum(columns_CC, 0, out=columns_CC)
+    np.fill_diagonal(columns_CC, columns_CC.max(axis=1))
+    length_C = np.linalg.norm(columns_CC, axis=1)
+    varying = np.flatnonzero(length_C > 0)
+    if len(varying) < len(length_C):
+        columns_CC, length_C = columns_CC[varying], length_C[varying]
+    columns_CC /= length_C[:, None]
+    return varying, columns_CC
 
 
-def _k_means(columns_VV: Array, options: ClusterOptions) -> tuple[Array, Array]:
+def _k_means(columns_VC: Array, options: ClusterOptions) -> tuple[Array, Array]:
     """The cluster of each class, and the centres. One thread, so that sums are added up in one order."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    starts = max(1, min(MOST_STARTS, STARTED_CLASSES // len(columns_VV)))
+    starts = max(1, min(MOST_STARTS, STARTED_CLASSES // len(columns_VC)))
     means = KMeans(options.num_specialists, n_init=starts, random_state=options.seed, copy_x=False)
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # columns that are the same make fewer clusters: counted
-        means.fit(columns_VV)
+        means.fit(columns_VC)
     return means.labels_, means.cluster_centers_
 
 

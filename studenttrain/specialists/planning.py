@@ -115,8 +115,8 @@ def _notes(store: Store, options: ClusterOptions, found: Covariance, clusters: C
         )
     if clusters.num_same:
         notes.append(f"{format_plural(clusters.num_same, 'cluster')} with the classes of another, or with none")
-    if clusters.still:
-        notes.append(f"{_num_classes(len(clusters.still))} with the same probability in every row: in no specialist")
+    if clusters.apart:
+        notes.append(f"{_num_classes(len(clusters.apart))} with the same probability in every row: in no specialist")
     return notes
 
 

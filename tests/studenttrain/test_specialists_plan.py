@@ -102,6 +102,7 @@ def test_planted_blocks_are_found(tmp_path: Path, encoding: Encoding) -> None:
 def test_a_pair_that_only_its_classes_confuse_comes_together() -> None:
     """With a class's own 1, or with 0, in its column, such a pair has columns at right angles."""
     correlation_CC = np.full((12, 12), -0.05, np.float32)
+    correlation_CC[6:, 6:] = 0.02
     for one, two in ((0, 1), (2, 3), (4, 5)):
         correlation_CC[one, two] = correlation_CC[two, one] = 0.12
     np.fill_diagonal(correlation_CC, 1)
@@ -146,8 +147,18 @@ def test_a_class_that_never_varies_is_in_no_specialist() -> None:
     covariance_CC = covariance_of(confused_logits())
     covariance_CC[3] = covariance_CC[:, 3] = 0
     found = find_clusters(covariance_CC, ClusterOptions(4))
-    assert found.still == (3,)
+    assert found.apart == (3,)
     assert sorted(cluster.classes for cluster in found.specialists) == sorted([*BLOCKS[:2], (7, 8, 11), BLOCKS[3]])
+
+
+def test_a_class_that_is_confused_with_no_other_is_in_no_specialist() -> None:
+    correlation_CC = np.full((8, 8), -0.05, np.float32)
+    for one, two in ((0, 1), (2, 3), (4, 5)):
+        correlation_CC[one, two] = correlation_CC[two, one] = 0.12
+    np.fill_diagonal(correlation_CC, 1)
+    found = find_clusters(correlation_CC, ClusterOptions(3))
+    assert [cluster.classes for cluster in found.specialists] == [(0, 1), (2, 3), (4, 5)]
+    assert found.apart == (6, 7)
 
 
 def test_columns_that_are_the_same_make_fewer_clusters_which_is_said() -> None:
@@ -187,7 +198,9 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 
 
 def test_a_store_without_clusters_is_refused() -> None:
-    with pytest.raises(StudentError, match=r"expected at least 4 classes whose probability differs .* got 0; use a"):
+    with pytest.raises(
+        StudentError, match=r"expected at least 4 classes that are confused with another one, got 0; use a"
+    ):
         find_clusters(np.zeros((12, 12), np.float32), ClusterOptions(4))
     with pytest.raises(StudentError, match="expected clusters of at least 2 classes, got one of all classes; use ano"):
         find_clusters(np.ones((12, 12), np.float32), ClusterOptions(4))
