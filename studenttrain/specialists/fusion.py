@@ -36,7 +36,7 @@ INNER = 0.1  # of the tolerance is what groups are solved to
 CHUNK_VALUES = 1 << 22  # numbers of the largest array that is worked on at once, float64
 LEAST_LOG = -1e4  # stands for -inf where something has to be shared out among classes that nobody believes in
 LEAST = 1e-18  # masses and dustbins below it do not move a gradient, and are left out of the steps
-TINY = 1e-9  # shares below it are taken from the optimum's formula
+TINY = 100.0  # times the tolerance: shares below it are taken from the optimum's formula
 KEPT = 0.01  # of itself is what any unknown keeps in a step, at least, so that all stay above 0
 CENTRING = 0.1  # of the mean distance from n is what a step leaves to go
 
@@ -50,7 +50,8 @@ class FusedResult:
     Attributes:
         logprobs_NC: their log-probabilities, float64, natural log.
         num_iterations: that the slowest row took; 0 where none had two active specialists.
-        residual: the largest |dF/dz| of any row; at most the tolerance.
+        residual: the largest |dF/dz| of any row, or what the optimum's conditions are off by where that is more; at most
+            the tolerance.
     """
 
     logprobs_NC: Tensor  # noqa: N815 - array names carry their shape
@@ -77,8 +78,8 @@ def fuse(
         said: of each specialist its classes, k ascending numbers, and its log-probabilities (N, k + 1), the dustbin
             last; rows for which it is not active may hold anything.
         active_NM: bool, which specialists are active for a row.
-        tolerance: the largest |gradient with respect to z| that a row may be left with, above 0; below 1e-13 rounding
-            may not let it be met.
+        tolerance: the largest |gradient with respect to z| that a row may be left with, above 0; where specialists
+            contradict each other, rounding may not let one below 1e-9 be met.
         max_iterations: steps of a row.
 
     Raises:
@@ -96,9 +97,9 @@ def fuse(
     for start in range(0, len(fused_rows), step):
         rows = fused_rows[start : start + step]
         problem = _problem(fused_NC[rows], said, active_NM.to(rows.device)[rows], outside_MC, rows)
-        share_NK, iterations = _solve(problem, INNER * tolerance, max_iterations)
-        log_share_NK = _exact_where_tiny(problem, share_NK)
-        residual_N = _gradient(problem, log_share_NK.exp())[0].abs().amax(1)
+        share_NK, off_N, iterations = _solve(problem, INNER * tolerance, max_iterations)
+        log_share_NK = _exact_where_tiny(problem, share_NK, TINY * tolerance)
+        residual_N = torch.maximum(_gradient(problem, log_share_NK.exp())[0].abs().amax(1), off_N)
         worst = float(residual_N.max())
         if not worst <= tolerance:
             row = int(rows[residual_N.argmax()])
@@ -277,23 +278,23 @@ def _gradient(problem: _Problem, share_NK: Tensor) -> tuple[Tensor, Tensor, Tens
     return share_NK * (problem.total_N[:, None] - pull_NK) - problem.log_mass_NK.exp(), pull_NK, rest_NA
 
 
-def _exact_where_tiny(problem: _Problem, share_NK: Tensor) -> Tensor:
+def _exact_where_tiny(problem: _Problem, share_NK: Tensor, tiny: float) -> Tensor:
     """Log of the groups' shares (N, K), tiny ones by q = n / (1 + A - sum d / R), where nothing cancels, to all digits.
 
-    None is below n / (1 + A), which the optimum never is.
+    None is below n / (1 + A), which the optimum never is; and none is left to a group without n that needs none.
     """
     left_NK = problem.total_N[:, None] - _gradient(problem, share_NK)[1]
-    is_tiny_NK = (share_NK < TINY) & (left_NK > 0.25 * problem.total_N[:, None]) & problem.log_mass_NK.isfinite()
-    by_formula_NK = problem.log_mass_NK - left_NK.clamp(min=TINY).log()
+    is_tiny_NK = (share_NK < tiny) & (left_NK > 0.25 * problem.total_N[:, None]) & problem.log_mass_NK.isfinite()
+    by_formula_NK = problem.log_mass_NK - left_NK.clamp(min=LEAST).log()
     log_share_NK = torch.where(is_tiny_NK, by_formula_NK, share_NK.log())
     log_share_NK = torch.maximum(log_share_NK, problem.log_mass_NK - problem.total_N.log()[:, None])
-    is_left_out_NK = (problem.log_mass_NK == -torch.inf) & (share_NK < 1e3 * LEAST)
+    is_left_out_NK = (problem.log_mass_NK == -torch.inf) & (share_NK < tiny)
     log_share_NK = torch.where(is_left_out_NK, -torch.inf, log_share_NK)
     return log_share_NK - log_share_NK.logsumexp(1, keepdim=True)
 
 
-def _solve(problem: _Problem, tolerance: float, max_iterations: int) -> tuple[Tensor, int]:
-    """The optimum of each row, shares of the groups (N, K), and the steps that the slowest took.
+def _solve(problem: _Problem, tolerance: float, max_iterations: int) -> tuple[Tensor, Tensor, int]:
+    """The optimum of each row, shares of the groups (N, K), how far it is off (N,), and the steps of the slowest.
 
     A row that is not within the tolerance after all steps is given where it was nearest to it.
     """
@@ -302,12 +303,12 @@ def _solve(problem: _Problem, tolerance: float, max_iterations: int) -> tuple[Te
     rows, part, state, num_iterations = torch.arange(num_rows, device=device), problem, _first_state(problem), 0
     while True:
         share_NK = state[0] / state[0].sum(1, keepdim=True)
-        residual_N = _gradient(part, share_NK)[0].abs().amax(1)
+        residual_N = torch.maximum(_gradient(part, share_NK)[0].abs().amax(1), _distance(part, *state))
         is_better_N = residual_N < least_N[rows]
         found_NK[rows[is_better_N]], least_N[rows[is_better_N]] = share_NK[is_better_N], residual_N[is_better_N]
         is_open_N = ~(residual_N <= tolerance)
         if num_iterations == max_iterations or not bool(is_open_N.any()):
-            return found_NK, num_iterations
+            return found_NK, least_N, num_iterations
         rows, part = rows[is_open_N], _rows_of(part, is_open_N)
         state = _step(part, *(values[is_open_N] for values in state))
         num_iterations += 1
@@ -322,9 +323,29 @@ def _first_state(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
     share_NK = problem.begin_NK.clamp(min=LEAST)
     rest_NA = (problem.outside_NAK * share_NK[:, None]).sum(2)
     ratio_NA = torch.where(problem.dustbin_NA > LEAST, problem.dustbin_NA / rest_NA, 0.0)
-    total_N1 = problem.total_N[:, None]
-    slack_NK = torch.maximum(total_N1 - (problem.outside_NAK * ratio_NA[:, :, None]).sum(1), 0.1 * total_N1)
+    total_N1, mass_NK = problem.total_N[:, None], problem.log_mass_NK.exp()
+    slack_NK = total_N1 - (problem.outside_NAK * ratio_NA[:, :, None]).sum(1)
+    solved_NK = torch.where((mass_NK > 0) & (problem.begin_NK > 0), mass_NK / problem.begin_NK, slack_NK).clamp(
+        min=LEAST
+    )
+    slack_NK = torch.where(total_N1 == 2, solved_NK, torch.maximum(slack_NK, 0.1 * total_N1))
     return share_NK, slack_NK, ratio_NA
+
+
+def _distance(problem: _Problem, share_NK: Tensor, slack_NK: Tensor, ratio_NA: Tensor) -> Tensor:
+    """How far q, t and s are from the three conditions, (N,): near to all of them is near the optimum.
+
+    A small gradient with respect to z alone is not: a group that should be likely has hardly any while its q is tiny.
+    """
+    mass_NK, is_there_NA = problem.log_mass_NK.exp(), problem.dustbin_NA > LEAST
+    rest_NA = (problem.outside_NAK * share_NK[:, None]).sum(2)
+    off_NK = problem.total_N[:, None] - (problem.outside_NAK * ratio_NA[:, :, None]).sum(1) - slack_NK
+    parts = [
+        share_NK * slack_NK - mass_NK,
+        off_NK,
+        torch.where(is_there_NA, rest_NA * ratio_NA - problem.dustbin_NA, 0),
+    ]
+    return torch.cat(parts, 1).abs().amax(1)
 
 
 def _step(problem: _Problem, share_NK: Tensor, slack_NK: Tensor, ratio_NA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
