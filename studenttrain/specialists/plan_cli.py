@@ -1,7 +1,6 @@
 """`studenttrain specialists plan`: which classes a generalist confuses."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,22 +11,22 @@ from storage.console import command_errors, printable, progress
 @click.command("plan")
 @click.option("--targets", required=True, help="Store of the generalist's soft targets, a series, or a URL.")
 @click.option("--num-specialists", type=int, required=True, help="Clusters of classes to look for.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the plan goes, such as plan.json.")
+@click.option("--out", required=True, help="Where the plan goes, such as plan.json.")
 @click.option(
     "--classes-each", type=int, help="Classes of each, those nearest to its centre; they overlap.  [its cluster's]"
 )
 @click.option("--min-classes", type=int, help="Smaller clusters are no specialists.  [2]")
 @click.option("--on", help="Whose columns are clustered: correlation or covariance.  [correlation]")
 @click.option("--seed", type=int, help="Of the starts of k-means.  [0]")
-@click.option("--picture", type=click.Path(path_type=Path), help="Draw the classes in the plan's order: a .png.")
+@click.option("--picture", help="Draw the classes in the plan's order: a .png.")
 @click.option("--force", is_flag=True, help="Replace another plan that is there.")
 @click.option("--threads", type=click.IntRange(1), help="Threads that read.  [one a core, at most 8]")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress and no notes.")
 def plan_command(
     targets: str,
-    out: Path,
-    picture: Path | None,
+    out: str,
+    picture: str | None,
     force: bool,
     threads: int | None,
     as_json: bool,
@@ -55,7 +54,7 @@ def plan_command(
         if picture is not None:
             write_plan_picture(picture, made.plan, made.covariance.covariance_CC)
         if as_json:
-            value = {"path": str(out), "uncovered": list(made.plan.uncovered)} | made.plan.to_json()
+            value = {"path": out, "uncovered": list(made.plan.uncovered)} | made.plan.to_json()
             click.echo(json.dumps(value, indent=2))
         else:
             click.echo(printable(planned_text(out, made, is_written=is_written)))

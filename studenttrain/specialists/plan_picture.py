@@ -14,6 +14,7 @@ import numpy as np
 from storage.arrays import Array
 from storage.console import format_count, format_plural
 from storage.errors import PathError
+from storage.urls import check_local
 from studenttrain.specialists.plan import SpecialistsPlan
 
 if TYPE_CHECKING:
@@ -36,13 +37,15 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def check_plan_picture(path: Path) -> None:
+def check_plan_picture(path: str | Path) -> None:
     """Refuse a picture that can't be written, before the long pass that it is drawn from.
 
     Raises:
-        ValueError: another suffix than `.png`.
+        ValueError: another suffix than `.png`, or a URL.
         PathError: there is no such folder, or matplotlib is not installed.
     """
+    check_local("picture", str(path))
+    path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"picture: expected a path that ends in .png, got {path.name!r}; rename it")
     if not path.absolute().parent.is_dir():
@@ -65,7 +68,6 @@ def write_plan_picture(path: str | Path, plan: SpecialistsPlan, covariance_CC: A
         ValueError: another suffix.
         PathError: there is no such folder, or matplotlib is not installed.
     """
-    path = Path(path)
     check_plan_picture(path)
     import matplotlib as mpl
     from matplotlib.figure import Figure

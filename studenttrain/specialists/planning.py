@@ -12,6 +12,7 @@ from storage.errors import PathError, StudentError
 from storage.reader import Store, open_store
 from storage.scan.covariance import Covariance, check_temperature_one, covariance
 from storage.scan.passes import Progress
+from storage.urls import check_local
 from studenttrain.specialists.clusters import ClusterOptions, Clusters, check_scikit_learn, find_clusters
 from studenttrain.specialists.plan import SpecialistsPlan, load_plan, write_plan
 
@@ -185,7 +186,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(f"--{name.replace('_', '-')} {then.get(name)}" for name in different)
 
 
-def planned_text(path: Path, planned: Planned, *, is_written: bool) -> str:
+def planned_text(path: str | Path, planned: Planned, *, is_written: bool) -> str:
     """What is printed of a plan: a line and its classes for each specialist, then the classes that none has."""
     plan, how = planned.plan, planned.plan.how
     what = f"{format_plural(len(plan.specialists), 'specialist')} for {format_count(plan.num_classes)} classes"
@@ -245,6 +246,7 @@ def plan_from_store(
     Returns:
         The plan with what it was made from, and whether it was written.
     """
+    check_local("plan", str(out))
     out = Path(out)
     check_plan_path(out, force=force, options=options)
     with open_store(targets) as store:

@@ -12,8 +12,10 @@ from storage.encodings.sample import systematic_counts
 from storage.errors import DamageError, MismatchError, NotSealedError, StoreError
 from storage.manifest import Manifest
 from storage.reader import open_store
+from storage.scan import copy
 from storage.scan import covariance as module
 from storage.scan.covariance import Covariance, covariance, covariance_bytes, free_memory
+from tests.s3 import S3Server
 from tests.series import write_series
 from tests.storage.scan_stores import BLURRED, BROKEN, hard_targets_of, logits_of, manifest_of, write_store
 from tests.storage.soft_targets import hidden_encoding, num_positions_of, sequences_of
@@ -43,7 +45,7 @@ def kept_of(probs_RC: Array, k: int) -> Array:
     return kept_RC
 
 
-def measured(path: Path, **options: Any) -> Covariance:
+def measured(path: str | Path, **options: Any) -> Covariance:
     with open_store(path) as store:
         return covariance(store, **options)
 
@@ -167,6 +169,13 @@ def test_a_series_is_one_store(tmp_path: Path) -> None:
     found = measured(write_series(tmp_path / "series", (16, 24)))
     assert found.num_distributions == 40
     assert found.mean_C.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_store_at_a_url_says_what_the_one_on_the_disk_says(tmp_path: Path, s3: S3Server) -> None:
+    path = write_store(tmp_path / "a.zarr", manifest_of(num_rows=60))
+    url = s3.url("a.zarr")
+    copy(path, url)
+    assert np.array_equal(measured(url).covariance_CC, measured(path).covariance_CC)
 
 
 def test_nothing_sealed_is_refused(tmp_path: Path) -> None:

@@ -261,6 +261,7 @@ def test_what_is_no_plan_is_never_replaced(store: Path, tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert "expected a folder to write into, got none" in run_plan(*words, tmp_path / "no" / "plan.json").stderr
     assert "expected a plan of specialists, or nothing" in run_plan(*words, tmp_path).stderr
+    assert "plan: expected a path on this machine, got a URL" in run_plan(*words, "s3://bucket/plan.json").stderr
 
 
 def test_json_is_the_plan_and_notes_say_what_is_left_out(tmp_path: Path) -> None:
