@@ -62,7 +62,8 @@ def _with_training(command: Any) -> Any:
 def fit_command(quiet: bool, specialists: tuple[int, ...], **options: Any) -> None:
     """Train specialists: own classes and a dustbin, half of the rows own ones, from the generalist's weights."""
     with command_errors(is_resumed=True):
-        from studenttrain.specialists.fitting import SpecialistsConfig, fit_specialists
+        from studenttrain.specialists.config import SpecialistsConfig
+        from studenttrain.specialists.fitting import fit_specialists
 
         given = {name: value for name, value in options.items() if value is not None}
         names = [name.removeprefix("--").replace("-", "_") for name, _, _ in TRAINING]

@@ -1,9 +1,8 @@
 """All specialists of a plan, trained from a store: what `studenttrain specialists fit` does."""
 
 import contextlib
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,113 +12,18 @@ from storage.backends.files import clear_os_errors, make_folder
 from storage.console import format_count
 from storage.errors import MismatchError, NotSealedError, PathError, StudentError
 from storage.reader import Store
-from storage.urls import is_url
 from studenttrain.checkpoint import CHECKPOINT, load_checkpoint
 from studenttrain.checks import check_class_names, check_same_run, open_targets, store_identity
-from studenttrain.config import FitConfig, check_not_empty
 from studenttrain.ending import FitResult, ended_run
 from studenttrain.export import CARD, load_card
 from studenttrain.preparation import look_at_data, prepare
 from studenttrain.selection import RowClasses, name_classes
+from studenttrain.specialists.config import SpecialistsConfig
 from studenttrain.specialists.plan import SpecialistsPlan, load_plan, write_plan
-from studenttrain.specialists.sampling import DEFAULT_OWN_SHARE, RowCounts, classes_of_rows, counts_of
+from studenttrain.specialists.sampling import RowCounts, classes_of_rows, counts_of
 from studenttrain.specialists.specialist import PLAN, Phase, phase_folder, write_phases
 from studenttrain.specialists.specialty import Specialty
 from studenttrain.train import fit
-
-PATHS = ("init", "labels", "val_data", "val_labels", "cache")
-
-
-@dataclass(frozen=True)
-class SpecialistsConfig:
-    """What specialists are trained, on what, and how.
-
-    Attributes:
-        targets: path of the generalist's store.
-        data: path of the corpus that it was made from.
-        plan: path of the plan.
-        student: spec of a model of all classes, whose last layer is replaced.
-        out: folder of all.
-        epochs: passes over a specialist's rows in the phase `hard`; this or `steps`, or neither for no such phase.
-        steps: optimizer steps of it.
-        soft_epochs: passes of the phase `soft`, which goes on from it; None leaves it out.
-        alpha: weight of the soft targets in the phase `soft`, in (0, 1]; None is as in `fit`.
-        temperature: of the phase `soft`; None is 1, at which specialists are used.
-        own_share: of the rows of an epoch that are of the own classes, above 0 and below 1.
-        specialists: numbers of those that are trained; none for all.
-        workers: processes of this machine that train them side by side; None trains one after the other, in this one.
-        scheduler: address of a Dask scheduler whose workers do it.
-        training: further options of `FitConfig`, for both phases.
-
-    Raises:
-        ValueError: an option is out of range, contradicts another, or would be ignored.
-    """
-
-    targets: str
-    data: str
-    plan: str
-    student: str
-    out: str
-    epochs: int | None = None
-    steps: int | None = None
-    soft_epochs: int | None = None
-    alpha: float | None = None
-    temperature: float | None = None
-    own_share: float = DEFAULT_OWN_SHARE
-    specialists: tuple[int, ...] = ()
-    workers: int | None = None
-    scheduler: str | None = None
-    training: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_not_empty("plan", self.plan)
-        check_not_empty("scheduler", self.scheduler)
-        if not self.phases:
-            raise ValueError("epochs, steps, soft_epochs: expected one of them, got none; say how long to train")
-        if not 0 < self.own_share < 1:
-            raise ValueError(f"own_share: expected a number between 0 and 1, got {self.own_share:g}")
-        for name in ("alpha", "temperature"):
-            if getattr(self, name) is not None and self.soft_epochs is None:
-                raise ValueError(f"{name}: expected --soft-epochs beside it, got none; leave it out, or give them")
-        if self.alpha == 0:
-            raise ValueError("alpha: expected a number above 0, up to 1, got 0; leave --soft-epochs out instead")
-        if self.workers is not None and self.scheduler is not None:
-            raise ValueError("workers, scheduler: expected one of them, got both; leave one out")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers: expected at least 1, got {self.workers}")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("torchrun: expected one process, got ranks; give --workers or --scheduler instead")
-        for phase in self.phases:
-            self.run(0, phase)  # built to be checked
-
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        """What each specialist goes through, in order."""
-        hard: tuple[Phase, ...] = () if self.epochs is None and self.steps is None else ("hard",)
-        return hard if self.soft_epochs is None else (*hard, "soft")
-
-    def run(self, number: int, phase: Phase) -> FitConfig:
-        """The options of a phase of a specialist, which is a run of `fit` in a folder of its own."""
-        place = {"targets": self.targets, "data": self.data, "student": self.student, "cache_size": None}
-        place["out"] = str(phase_folder(Path(self.out), number, phase))
-        if phase == "hard":
-            how: dict[str, Any] = {"epochs": self.epochs, "steps": self.steps, "alpha": 0.0}
-        else:
-            temperature = 1.0 if self.temperature is None else self.temperature
-            how = {"epochs": self.soft_epochs, "alpha": self.alpha, "temperature": temperature}
-            if "hard" in self.phases:
-                how["init"] = str(phase_folder(Path(self.out), number, "hard"))
-        return FitConfig(**{**place, **self.training, **how})
-
-    def absolute(self) -> "SpecialistsConfig":
-        """The same for a process in another folder."""
-
-        def at(path: Any) -> Any:
-            return path if path is None or is_url(path) else os.path.abspath(path)  # noqa: PTH100 - keeps links
-
-        paths = {name: at(getattr(self, name)) for name in ("targets", "data", "plan", "out")}
-        training = {name: at(value) if name in PATHS else value for name, value in self.training.items()}
-        return replace(self, **paths, training=training)
 
 
 @dataclass(frozen=True)
@@ -186,12 +90,15 @@ def fit_specialists(config: SpecialistsConfig, quiet: bool = False) -> Specialis
     with contextlib.closing(open_targets(config.targets, config.run(0, config.phases[0]).cache_settings)) as store:
         check_plan(plan, store, config.plan)
         check_store(store)
-    out = Path(config.out)
-    _take_folder(out, plan)
-    write_phases(out, config.phases)
-    say = _say(quiet)
+    out, say = Path(config.out), _say(quiet)
+    is_begun = _check_folder(out, plan)
     owed = [number for number in numbers if not is_done(config, number)]
     told = look_once(config, plan, owed[0], quiet) if owed else None
+    if not is_begun:
+        with clear_os_errors(out):
+            make_folder(out)
+        write_plan(out / PLAN, plan)
+    write_phases(out, config.phases)
     if (config.workers is None and config.scheduler is None) or not owed:
         for number in owed:
             named = name_classes(plan.specialists[number], plan.class_names)
@@ -224,7 +131,11 @@ def train_one(
 
 
 def is_done(config: SpecialistsConfig, number: int) -> bool:
-    """Whether all phases of a specialist have ended; other options than those it had are refused when it goes on."""
+    """Whether all phases of a specialist have ended.
+
+    Raises:
+        StudentError: it was begun with other options.
+    """
     for phase in config.phases:
         run = config.run(number, phase)
         path = Path(run.out) / CHECKPOINT
@@ -232,6 +143,12 @@ def is_done(config: SpecialistsConfig, number: int) -> bool:
             return False
         checkpoint = load_checkpoint(path)
         check_same_run(checkpoint["config"], run)
+        share = (checkpoint["card"].get("specialist") or {}).get("own_share")
+        if share != config.own_share:
+            raise StudentError(
+                f"run '{run.out}': expected --own-share {share}, with which it was begun, got {config.own_share:g}; "
+                "give that to go on, or --out another folder"
+            )
         if ended_run(Path(run.out), checkpoint["step"]) is None:
             return False
     return True
@@ -316,8 +233,8 @@ def _numbers(config: SpecialistsConfig, plan: SpecialistsPlan) -> tuple[int, ...
     return tuple(sorted(set(config.specialists))) or tuple(range(count))
 
 
-def _take_folder(out: Path, plan: SpecialistsPlan) -> None:
-    """Make the folder, or find that it is of the same plan.
+def _check_folder(out: Path, plan: SpecialistsPlan) -> bool:
+    """Whether the folder is of the same plan; where it is not, nothing is in it.
 
     Raises:
         PathError: it is of another plan, or of something else.
@@ -328,16 +245,14 @@ def _take_folder(out: Path, plan: SpecialistsPlan) -> None:
                 f"{out}: expected the folder of this plan, got one of another; give --out another folder, or the plan "
                 f"that lies there: {out / PLAN}"
             )
-        return
+        return True
     if out.exists() and not out.is_dir():
         raise PathError(f"{out}: expected a folder, or nothing, got a file; give --out another path")
     if out.is_dir() and (names := sorted(path.name for path in out.iterdir())):
         raise PathError(
             f"{out}: expected an empty folder or one of specialists, got '{names[0]}'; give --out another path"
         )
-    with clear_os_errors(out):
-        make_folder(out)
-    write_plan(out / PLAN, plan)
+    return False
 
 
 def _result(config: SpecialistsConfig, plan: SpecialistsPlan, number: int, owed: Sequence[int]) -> SpecialistResult:

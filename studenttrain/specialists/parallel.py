@@ -13,7 +13,8 @@ from storage.console import progress
 from storage.errors import PathError, StoreError, StudentError
 from storage.interruption import Interrupted, stop_requests
 from storage.scheduler import check_scheduler, no_answer
-from studenttrain.specialists.fitting import SpecialistsConfig, train_one
+from studenttrain.specialists.config import SpecialistsConfig
+from studenttrain.specialists.fitting import train_one
 from studenttrain.specialists.plan import SpecialistsPlan
 
 CONNECT_S = 20.0  # until a scheduler must have answered, and have a worker

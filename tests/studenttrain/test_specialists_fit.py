@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from distributed import KilledWorker
+from distributed import KilledWorker, Status
+from distributed.scheduler import WorkerState
 from numpy.typing import NDArray
 from torch import nn
 
@@ -37,7 +38,8 @@ from studenttrain.models import build_model
 from studenttrain.preparation import hold_folder
 from studenttrain.selection import RowClasses
 from studenttrain.specialists.collapse import OwnClasses
-from studenttrain.specialists.fitting import SpecialistsConfig, check_store, fit_specialists
+from studenttrain.specialists.config import SpecialistsConfig
+from studenttrain.specialists.fitting import check_store, fit_specialists
 from studenttrain.specialists.head import cut_head
 from studenttrain.specialists.parallel import check_future, device_of
 from studenttrain.specialists.plan import SpecialistsPlan, write_plan
@@ -50,6 +52,7 @@ from studenttrain.specialists.specialist import (
     read_phases,
     write_phases,
 )
+from studenttrain.specialists.specialty import Specialty
 from studenttrain.targets import DenseTargets, HiddenTargets, SampleTargets, TopKTargets
 from studenttrain.train import fit
 from studenttrain.trial import try_student
@@ -515,10 +518,21 @@ def test_other_options_are_refused_on_going_on(ground: Ground) -> None:
     fit_specialists(config_of(ground, epochs=1, specialists=(0,)), quiet=True)
     with pytest.raises(StudentError, match=r"--lr 0.001, not 0.5"):
         fit_specialists(config_of(ground, epochs=1, training={"lr": 0.5}), quiet=True)
-    # another share changes nothing that is done, but what is begun
-    (phase_folder(ground.folder / "specialists", 0, "hard") / RESULT).unlink()
-    with pytest.raises(StudentError, match="expected the specialist that it was begun with, its classes, --own-share"):
+    with pytest.raises(StudentError, match=r"expected --own-share 0.5, with which it was begun, got 0.6"):
         fit_specialists(config_of(ground, epochs=1, specialists=(0,), own_share=0.6), quiet=True)
+    run = phase_folder(ground.folder / "specialists", 0, "hard")
+    (run / RESULT).unlink()
+    specialty = Specialty(0, (0, 2), is_checked=True)  # of other classes than are there
+    with pytest.raises(StudentError, match="expected the specialist that it was begun with, its classes, --own-share"):
+        fit(config_of(ground, epochs=1).run(0, "hard"), True, specialty)
+
+
+def test_what_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    ground = make_ground(tmp_path, labels=False)
+    config = config_of(ground, epochs=1)
+    with pytest.raises(ValueError, match="expected hard targets for them"):
+        fit_specialists(config, quiet=True)
+    assert not Path(config.out).exists()
 
 
 def test_a_store_that_may_grow_is_refused(tmp_path: Path) -> None:
@@ -694,9 +708,18 @@ def test_workers_of_a_scheduler_train_and_say_what_they_met(ground: Ground, sche
         fit_specialists(replace(config, scheduler=one), quiet=True)
 
 
+def last_worker() -> WorkerState:
+    """A worker that died, as a scheduler remembers it."""
+    where: dict[str, Any] = {"address": "tcp://gone:1", "name": 0, "local_directory": "", "nanny": None}
+    return WorkerState(**where, status=Status.closed, pid=1, memory_limit=0, server_id="0")
+
+
 def test_a_worker_that_dies_again_and_again_and_one_that_fails_are_said() -> None:
     for error, message in (
-        (KilledWorker("task", None, 3), "specialist 4: expected a worker that lives until it has ended, got several"),
+        (
+            KilledWorker("task", last_worker(), 3),
+            "specialist 4: expected a worker that lives until it has ended, got several",
+        ),
         (RuntimeError("boom"), "specialist 4: expected it to end, got RuntimeError: boom; run without --workers"),
     ):
         future: Future[None] = Future()
