@@ -68,7 +68,7 @@ def calibrate(config: CalibrationConfig, *, quiet: bool = False) -> CalibrationR
         selected = selected_rows(config, card, store, where)
         needs_labels = selected is not None and selected.needs_labels
         corpus = open_calibration_data(config, card, store, where, needs_labels=needs_labels)
-        folder = _take_folder(config)
+        folder = _checked_folder(config)
         prior = None if config.prior is None else _read_prior(config.prior, card, where, quiet)
         data = {"kind": corpus.kind, "fingerprint": corpus.fingerprint, "rows": card.rows if selected else None}
         asked: dict[str, Any] = {
@@ -81,11 +81,14 @@ def calibrate(config: CalibrationConfig, *, quiet: bool = False) -> CalibrationR
         }
         _check_same(folder, asked)
         rows_N = np.arange(corpus.num_samples) if selected is None else selected.rows(corpus)
+        with clear_os_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         spool = stack.enter_context(Spool(folder))
         gathered = _gather(model.to(device), card, corpus, rows_N, store, spool, config, device, quiet)
         data |= _data_of(gathered, corpus, config)
         was_there = _check_same(folder, asked)
-        record = {**asked, **_fitted(spool, prior, asked), "earlier": card.calibration}
+        record: Mapping[str, Any] = {**asked, "earlier": card.calibration}
+        record = _held(folder) if was_there else {**record, **_fitted(spool, prior, asked)}
     before_NC = _logits(model.cpu(), gathered.inputs, card)
     bias_C = None if record["bias"] is None else np.array(record["bias"])
     fold(head, record["temperature"], bias_C)
@@ -186,18 +189,19 @@ def _read_prior(text: str, card: StudentCard, where: str, quiet: bool) -> Prior:
         return read_prior(text, card, where, bar.advance)
 
 
-def _take_folder(config: CalibrationConfig) -> Path:
-    """The folder of the result, made where it is not there.
+def _checked_folder(config: CalibrationConfig) -> Path:
+    """The folder of the result, which need not be there yet.
 
     Raises:
-        PathError: it holds something else than a calibrated student.
+        PathError: it is no folder, or holds something else than a calibrated student.
     """
     folder, advice = Path(config.out), "give --out a new folder"
     with clear_os_errors(folder):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             names = {path.name for path in folder.iterdir()}
-        except (FileExistsError, NotADirectoryError) as error:
+        except FileNotFoundError:
+            return folder
+        except NotADirectoryError as error:
             raise PathError(f"{config.out}: expected a folder, or nothing, got a file; {advice}") from error
     foreign = sorted(names - FILES - {f".{name}.partial" for name in FILES})
     if foreign:
@@ -230,6 +234,13 @@ def _check_same(folder: Path, asked: Mapping[str, Any]) -> bool:
                 f"{folder}: expected the calibration that it holds, got another ({name} differs); {advice}"
             )
     return True
+
+
+def _held(folder: Path) -> Mapping[str, Any]:
+    """The calibration that a folder holds, of another batch size by some last bits."""
+    record = load_card(folder / CARD).calibration
+    assert record is not None
+    return record
 
 
 def _data_of(gathered: Gathered, corpus: Corpus, config: CalibrationConfig) -> dict[str, Any]:

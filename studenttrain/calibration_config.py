@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from storage.urls import check_local
 from studenttrain.config import check_not_empty
 
 Method = Literal["match", "shift"]
@@ -79,6 +80,7 @@ class CalibrationConfig:
             raise ValueError(f"method: expected {' or '.join(METHODS)}, got {self.method!r}")
         if self.temperature not in TEMPERATURES:
             raise ValueError(f"temperature: expected {', '.join(TEMPERATURES)}, got {self.temperature!r}")
+        check_local("out", self.out)
         self._check_together()
 
     def _check_together(self) -> None:
