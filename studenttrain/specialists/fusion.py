@@ -50,8 +50,8 @@ class FusedResult:
     Attributes:
         logprobs_NC: their log-probabilities, float64, natural log.
         num_iterations: that the slowest row took; 0 where none had two active specialists.
-        residual: the largest |dF/dz| of any row, or what the optimum's conditions are off by where that is more; at most
-            the tolerance.
+        residual: the largest |dF/dz| of any row, or what the optimum's conditions are off by where that is more; at
+            most the tolerance.
     """
 
     logprobs_NC: Tensor  # noqa: N815 - array names carry their shape
@@ -93,7 +93,7 @@ def fuse(
     fused_NC = _normalised(logprobs_NC, "generalist", torch.arange(num_rows))
     num_iterations, residual = 0, 0.0
     fused_rows = active_NM.any(1).nonzero()[:, 0].to(fused_NC.device)
-    step = max(1, CHUNK_VALUES // num_classes)
+    step = max(1, CHUNK_VALUES // max(num_classes, _group_values(active_NM, num_classes)))
     for start in range(0, len(fused_rows), step):
         rows = fused_rows[start : start + step]
         problem = _problem(fused_NC[rows], said, active_NM.to(rows.device)[rows], outside_MC, rows)
@@ -133,6 +133,12 @@ def _check(logprobs_NC: Tensor, said: Sequence[Said], active_NM: Tensor, toleran
                 f"specialist {number}: expected log-probabilities ({num_rows}, {len(classes) + 1}), its classes and "
                 f"the dustbin, got {tuple(logprobs_NK.shape)}"
             )
+
+
+def _group_values(active_NM: Tensor, num_classes: int) -> int:
+    """Numbers that a row's groups take at most: each active specialist may cut every group in two."""
+    num_active = int(active_NM.sum(1).max()) if active_NM.numel() else 0
+    return num_active * (num_classes if num_active > num_classes.bit_length() else min(num_classes, 1 << num_active))
 
 
 def _outside(said: Sequence[Said], num_classes: int, device: torch.device) -> Tensor:

@@ -195,7 +195,9 @@ def test_neither_the_order_of_classes_nor_of_specialists_nor_other_rows_matter()
     assert torch.allclose(other_NC.exp(), found_NC[:, order].exp(), rtol=0, atol=1e-8)
     rows = torch.tensor([3, 17, 31])
     part = [(classes, said_NK[rows]) for classes, said_NK in said]
-    assert torch.allclose(fuse(generalist_NC[rows], part, active_NM[rows], TOLERANCE).logprobs_NC, found_NC[rows])
+    assert torch.allclose(
+        fuse(generalist_NC[rows], part, active_NM[rows], TOLERANCE).logprobs_NC, found_NC[rows], atol=1e-6
+    )
 
 
 def test_some_rows_at_a_time_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +205,8 @@ def test_some_rows_at_a_time_give_what_all_at_once_give(monkeypatch: pytest.Monk
     whole = fuse(*given, TOLERANCE)
     monkeypatch.setattr(fusion, "CHUNK_VALUES", 63)
     parts = fuse(*given, TOLERANCE)
-    assert torch.allclose(parts.logprobs_NC, whole.logprobs_NC, rtol=1e-9)
-    assert parts.num_iterations == whole.num_iterations
+    assert torch.allclose(parts.logprobs_NC.exp(), whole.logprobs_NC.exp(), rtol=0, atol=TOLERANCE)
+    assert parts.residual <= TOLERANCE
 
 
 def test_rows_for_which_a_specialist_is_not_active_may_hold_anything() -> None:
