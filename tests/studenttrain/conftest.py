@@ -47,3 +47,9 @@ def processes() -> ForkServerContext:
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the second or two that drawing takes, where the report is not what is tested."""
     monkeypatch.setattr("studenttrain.ending.write_report", lambda folder, _: folder / "report.html")
+
+
+@pytest.fixture
+def no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the seconds that tracing a program takes, in each of many small runs."""
+    monkeypatch.setattr("torch.export.export", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("not in a test")))

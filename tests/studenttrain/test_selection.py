@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +36,22 @@ from tests.studenttrain.runs import (
     write_targets,
 )
 
-pytestmark = pytest.mark.usefixtures("no_report")
+pytestmark = pytest.mark.usefixtures("no_report", "no_program")
 
 NUM_ROWS = 96
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    """What `ground` is a copy of: to make a store durable takes longer than most of these tests."""
+    return make_ground(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def ground(made: Ground, tmp_path: Path) -> Ground:
+    """A corpus of blobs and a finalized float32 dense store of it."""
+    shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
+    return Ground(tmp_path, tmp_path / made.data.name, tmp_path / made.targets.name)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,10 +66,17 @@ Array = NDArray[Any]
 PLAN = ((0, 1), (1, 3))
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    """What `ground` is a copy of: to make a store durable takes longer than most of these tests."""
+    return make_ground(tmp_path_factory.mktemp("made"))
+
+
 @pytest.fixture
-def no_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the seconds that tracing a program takes, in each of many small runs."""
-    monkeypatch.setattr("torch.export.export", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("not in a test")))
+def ground(made: Ground, tmp_path: Path) -> Ground:
+    """A corpus of blobs and a finalized float32 dense store of it."""
+    shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
+    return Ground(tmp_path, tmp_path / made.data.name, tmp_path / made.targets.name)
 
 
 def write_plan_of(ground: Ground, specialists: Sequence[Sequence[int]] = PLAN, **changed: Any) -> Path:
