@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from storage.errors import StudentError
 from studenttrain.specialists.fused_figures import CountLine, FusedFigures, SpecialistLine
+from studenttrain.specialists.fused_text import names_of
 from studenttrain.specialists.plan_picture import GREY, INK, STYLE, check_plan_picture
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 BEFORE, AFTER, LOSS = "#b8bec6", "#2f6db3", "#c0562b"
 MOST_SPECIALISTS = 80  # that get a line in the picture, those with the most rows
-MOST_COUNTS = 12  # bars, the last one for all numbers above
+MOST_COUNTS = 9  # bars, the last one for all numbers above
 
 
 def write_fused_picture(path: str | Path, figures: FusedFigures, class_names: tuple[str, ...] | None) -> None:
@@ -68,7 +69,7 @@ def together(lines: Sequence[CountLine]) -> list[tuple[str, CountLine]]:
         sum(getattr(line, name) for line in rest)
         for name in ("num_rows", "num_known", "num_changed", "right_before", "right_after")
     ]
-    label = f"{rest[0].num_specialists} or more"
+    label = f"{rest[0].num_specialists}+"
     return [*shown[: MOST_COUNTS - 1], (label, CountLine(rest[0].num_specialists, *sums))]
 
 
@@ -79,7 +80,7 @@ def _draw_counts(axes: "Axes", lines: Sequence[CountLine]) -> None:
     axes.axhline(0, color=GREY, linewidth=0.8)
     for place, ((_, line), value) in enumerate(zip(shown, values, strict=True)):
         axes.annotate(
-            f"{value:+.1f} %\n{line.change:+,} right",
+            f"{value:+.1f} %\n{line.change:+,}",
             (place, value),
             xytext=(0, 3 if value >= 0 else -3),
             textcoords="offset points",
@@ -87,9 +88,9 @@ def _draw_counts(axes: "Axes", lines: Sequence[CountLine]) -> None:
             va="bottom" if value >= 0 else "top",
             size=8,
         )
-    axes.set_xticks(range(len(shown)), [f"{label}\n{line.num_rows:,} rows" for label, line in shown])
-    axes.set_xlabel("specialists that have the true class")
-    axes.set_ylabel("relative change of the accuracy, %")
+    axes.set_xticks(range(len(shown)), [f"{label}\n{line.num_rows:,}" for label, line in shown], size=8)
+    axes.set_xlabel("specialists that have the true class, and rows with so many")
+    axes.set_ylabel("relative change of the accuracy, %, and rows more that are right")
     axes.set_title("What the fusion changed", loc="left", size=10, weight="bold")
     axes.margins(y=0.2)
     axes.spines[["top", "right"]].set_visible(False)
@@ -104,12 +105,8 @@ def _draw_specialists(axes: "Axes", lines: Sequence[SpecialistLine], class_names
         [100 * (it.own_before or 0) for it in lines], places, s=64, color=BEFORE, edgecolor=INK, label="generalist"
     )
     axes.scatter([100 * (it.own_after or 0) for it in lines], places, s=22, color=AFTER, label="specialist", zorder=2)
-    names = [
-        ", ".join(str(it) if class_names is None else class_names[it] for it in line.classes[:3])
-        + (", ..." if len(line.classes) > 3 else "")
-        for line in lines
-    ]
-    axes.set_yticks(places, [f"{name[:38]}  {line.number}" for name, line in zip(names, lines, strict=True)], size=7)
+    names = [f"{line.number}  {names_of(line.classes, class_names)}" for line in lines]
+    axes.set_yticks(places, names, size=7)
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_xlabel("own rows right among its own classes, %")
     axes.set_title("What each specialist is worth", loc="left", size=10, weight="bold")

@@ -67,7 +67,7 @@ def _specialist_lines(figures: FusedFigures, class_names: tuple[str, ...] | None
     is_known = any(line.num_seen for line in figures.specialists)
     seen = "all rows" if figures.every_row else "the rows that each was active for"
     if not is_known:
-        lines = [f"{_begin(line)}  {_names(line.classes, class_names)}" for line in figures.specialists]
+        lines = [f"{_begin(line)}  {names_of(line.classes, class_names)}" for line in figures.specialists]
         return [f"{'no':>3} {'classes':>7} {'active':>9}", *lines]
     columns = f"{'own rows':>9} {'before':>8} {'after':>8} {'precision':>9} {'recall':>8}"
     found = [
@@ -79,7 +79,7 @@ def _specialist_lines(figures: FusedFigures, class_names: tuple[str, ...] | None
         before, after, precision, recall = ("-" if it is None else f"{100 * it:.2f} %" for it in shares)
         found.append(
             f"{_begin(line)} {format_count(line.num_own):>9} {before:>8} {after:>8} {precision:>9} {recall:>8}  "
-            f"{_names(line.classes, class_names)}"
+            f"{names_of(line.classes, class_names)}"
         )
     return found
 
@@ -88,7 +88,8 @@ def _begin(line: SpecialistLine) -> str:
     return f"{line.number:>3} {format_count(len(line.classes)):>7} {format_count(line.num_active):>9}"
 
 
-def _names(classes: Sequence[int], class_names: tuple[str, ...] | None) -> str:
+def names_of(classes: Sequence[int], class_names: tuple[str, ...] | None) -> str:
+    """The first of a specialist's classes, by name where they have one."""
     shown = [str(it) if class_names is None else class_names[it] for it in classes[:NUM_NAMES]]
     cut = [name if len(name) <= NAME_CHARACTERS else name[: NAME_CHARACTERS - 1] + "…" for name in shown]
     return ", ".join(cut) + (", ..." if len(classes) > NUM_NAMES else "")

@@ -274,8 +274,8 @@ def test_the_picture_is_drawn(ground: Ground, tmp_path: Path) -> None:
 def test_many_numbers_of_specialists_share_the_last_bar() -> None:
     lines = [CountLine(number, 10, 10, 1, 5, 6) for number in range(20)]
     shown = together(lines)
-    assert len(shown) == 12
-    assert shown[-1] == ("11 or more", CountLine(11, 90, 90, 9, 45, 54))
+    assert len(shown) == 9
+    assert shown[-1] == ("8+", CountLine(8, 120, 120, 12, 60, 72))
     assert together(lines[:3]) == [(str(number), line) for number, line in enumerate(lines[:3])]
 
 
