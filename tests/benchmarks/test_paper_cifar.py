@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.paper.cifar import train_generalist
+from benchmarks.paper.cifar import report, train_generalist
 from benchmarks.paper.cifar.corpora import rows_per_class, split_cifar, write_transfer
+from benchmarks.paper.cifar.experiment import own_accuracy
 from benchmarks.paper.cifar.images import MEAN, NUM_PADDED, STD, crop_and_flip, normalise, pad, read_images
 from benchmarks.paper.cifar.network import make
 from benchmarks.paper.cifar.superclasses import agreement, superclasses
@@ -93,6 +95,81 @@ def test_held_out_rows_are_no_training_rows_and_as_many_of_each_class(cifar: Pat
     assert set(keys["seen"]) < set(keys["train"])
     for name in ("held", "seen"):
         assert np.bincount(pq.read_table(run / f"{name}.parquet")["fine_label"].to_numpy()).tolist() == [3] * 4
+
+
+def tried(top1: float, fused: float, own_before: float, own_after: float) -> dict[str, Any]:
+    """What `specialists eval --json` prints, of 1,000 rows of which 400 have a specialist."""
+    lines = [
+        {"num_specialists": number, "num_known": known, "right_before": before, "change": change,
+         "relative_change": change / before if before else None}
+        for number, known, before, change in ((0, 600, 300, -3), (1, 300, 150, 12), (2, 100, 0, 5))
+    ]  # fmt: skip
+    specialists = [
+        {"num_own": 100, "own_before": own_before, "own_after": own_after},
+        {"num_own": 300, "own_before": own_before, "own_after": own_after - 0.04},
+        {"num_own": 0, "own_before": None, "own_after": None},
+    ]
+    return {
+        "generalist": {"top1": top1}, "fused": {"top1": fused}, "by_covering": lines, "specialists": specialists,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def figures() -> dict[str, Any]:
+    """Figures of an experiment: specialists gain 5 %, and the soft phase takes half of their over-fitting."""
+    hard = {
+        "seen": tried(0.8, 0.9, 0.8, 0.99),
+        "held": tried(0.6, 0.62, 0.7, 0.75),
+        "test": tried(0.6, 0.63, 0.7, 0.75),
+    }
+    soft = {
+        "seen": tried(0.8, 0.9, 0.8, 0.93),
+        "held": tried(0.6, 0.63, 0.7, 0.81),
+        "test": tried(0.6, 0.64, 0.7, 0.81),
+    }
+    found = {
+        "classes": [["maple_tree", "oak_tree"]],
+        "superclasses": {"num_pairs": 200, "num_same": 80, "chance": 8.06, "chance_p5": 4.0, "chance_p95": 13.0},
+    }
+    return {
+        "phases": {"hard": hard, "soft": soft},
+        "students": {"fused": [0.63, 0.632], "generalist": [0.6], "hard": [0.61]},
+        "clusters": dict.fromkeys(("correlation", "covariance", "specialists"), found),
+    }
+
+
+def test_the_tables_say_what_the_figures_say(figures: dict[str, Any]) -> None:
+    text = report.tables(figures)
+    assert "| generalist alone | 25.0 | 43.1 | 60.0 | 70.0 |" in text
+    assert "| with specialists, hard targets | 26.1 (+4.4 %) | 45.9 | 63.0 (+5.0 %) | 72.0 |" in text
+    assert "| 1 | 300 | 50.0 | +12 (+8.0 %) | +12 (+8.0 %) | +3.4 % |" in text
+    assert "| 2 | 100 | 0.0 | +5 | +5 | +7.4 % |" in text  # nothing to be relative to
+    assert "| hard targets | 96.0 | 72.0 | 72.0 | 24.0 |" in text
+    assert "| student from generalist and specialists together | 63.10 (63.00-63.20) | 78 % |" in text
+    assert "80 of 200 (40.0 %) | 8.1 (4-13) |" in text
+    assert "- maple tree, oak tree" in text
+
+
+def test_own_rows_weigh_the_same_whichever_specialist_has_them(figures: dict[str, Any]) -> None:
+    assert own_accuracy(figures["phases"]["hard"]["test"], "own_after") == pytest.approx(0.25 * 0.75 + 0.75 * 0.71)
+
+
+def test_the_tables_go_between_their_marks_and_a_page_without_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "paper.md"
+    report.write_into(page, "new")
+    assert not page.exists()
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nbehind\n")
+    report.write_into(page, "new")
+    assert page.read_text() == f"before\n{report.BEGIN}\n\nnew\n{report.END}\nbehind\n"
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="expected the marks '<!-- specialists"):
+        report.write_into(page, "new")
+
+
+def test_the_picture_is_drawn(figures: dict[str, Any], tmp_path: Path) -> None:
+    report.draw(figures, tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size[0] > 500
 
 
 def test_rows_of_a_class_that_has_too_few_are_refused() -> None:

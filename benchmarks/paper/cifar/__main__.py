@@ -3,8 +3,9 @@
     python -m benchmarks.paper.cifar --cifar DIR --run RUN
 
 Trains a generalist, stores what it says once, finds the classes that it confuses, trains specialists for them, fuses
-all on test rows, and distils the whole back into one student: all by the real commands. A run that was stopped goes on with
-the same command. Writes `benchmarks/results/paper_cifar.json` and pictures, and puts its tables into `docs/paper.md`.
+all on test rows, and distils the whole back into one student: all by the real commands. A run that was stopped goes on
+with the same command. Writes `benchmarks/results/paper_cifar.json` and pictures, and puts its tables into
+`docs/paper.md`.
 Source: Hinton, Vinyals and Dean 2015 (arXiv:1503.02531), section 5 and 6.
 """
 

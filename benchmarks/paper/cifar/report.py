@@ -134,7 +134,7 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for phase, color in zip(PHASES, ("tab:blue", "tab:orange"), strict=True):
-        lines = [line for line in figures["phases"][phase]["test"]["by_covering"] if line["num_known"] >= 100]
+        lines = [line for line in figures["phases"][phase]["test"]["by_covering"] if line["right_before"] >= 100]
         left.plot(
             [line["num_specialists"] for line in lines], [100 * line["relative_change"] for line in lines], "o-",
             color=color, label="hard targets" if phase == "hard" else "then soft targets",
