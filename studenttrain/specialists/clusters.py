@@ -60,6 +60,11 @@ class ClusterOptions:
             ValueError: a field is out of range.
         """
         least, most = (2, num_classes // self.min_classes) if self.classes_each is None else (1, num_classes)
+        if most < least:
+            raise ValueError(
+                f"min_classes: expected at most half of the {num_classes} classes, so that there are two clusters, got "
+                f"{self.min_classes}; give --classes-each, or fewer"
+            )
         if not least <= self.num_specialists <= most:
             of = "" if self.classes_each is not None else f" of at least {self.min_classes} classes"
             raise ValueError(

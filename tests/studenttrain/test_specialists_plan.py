@@ -187,6 +187,10 @@ def test_tightness_is_the_mean_correlation() -> None:
         ({"num_specialists": 13, "classes_each": 3}, "num_specialists: expected 1 to 12 specialists for 12 .* got 13"),
         ({"num_specialists": 3, "classes_each": 12}, r"classes_each: expected 2 \(min_classes\) to 11, .* got 12"),
         ({"num_specialists": 3, "classes_each": 1}, r"classes_each: expected 2 \(min_classes\) to 11, .* got 1"),
+        (
+            {"num_specialists": 2, "min_classes": 7},
+            "min_classes: expected at most half of the 12 classes, .* got 7; giv",
+        ),
         ({"num_specialists": 3, "min_classes": 0}, "min_classes: expected at least 1, got 0"),
         ({"num_specialists": 3, "on": "logits"}, "on: expected one of correlation, covariance, got 'logits'"),
         ({"num_specialists": 3, "seed": -1}, "seed: expected 0 to 4294967295, got -1"),
