@@ -20,7 +20,7 @@ from studenttrain.preparation import look_at_data, prepare
 from studenttrain.selection import RowClasses, name_classes
 from studenttrain.specialists.config import SpecialistsConfig
 from studenttrain.specialists.plan import SpecialistsPlan, load_plan, write_plan
-from studenttrain.specialists.sampling import RowCounts, classes_of_rows, counts_of
+from studenttrain.specialists.sampling import RowCounts, check_has_classes, classes_of_rows, counts_of
 from studenttrain.specialists.specialist import PLAN, Phase, phase_folder, write_phases
 from studenttrain.specialists.specialty import Specialty
 from studenttrain.train import fit
@@ -213,11 +213,7 @@ def check_store(store: Store) -> None:
         StudentError: its rows have no class.
         NotSealedError: it is not finalized.
     """
-    if store.manifest.sequences is not None:
-        raise StudentError(
-            f"store '{store.path}': expected one whose rows have a class, got sequences of tokens; specialists are for "
-            "classes"
-        )
+    check_has_classes(store)
     if not store.finalized:
         raise NotSealedError(
             f"store '{store.path}': expected a finalized store, since a specialist's rows are counted, got one that "

@@ -87,6 +87,19 @@ class SpecialistRows:
         return self.text
 
 
+def check_has_classes(store: Store) -> None:
+    """Refuse a store of sequences.
+
+    Raises:
+        StudentError: its rows have no class.
+    """
+    if store.manifest.sequences is not None:
+        raise StudentError(
+            f"store '{store.path}': expected one whose rows have a class, got sequences of tokens; specialists are for "
+            "classes"
+        )
+
+
 def choose_rows(
     store: Store, classes_N: NDArray[np.int32], classes: Sequence[int], own_share: float, seed: int, by: str
 ) -> SpecialistRows:

@@ -16,7 +16,7 @@ from studenttrain.preparation import Prepared, Validation, build_student
 from studenttrain.selection import RowClasses, name_classes
 from studenttrain.specialists.collapse import OwnClasses
 from studenttrain.specialists.head import cut_head
-from studenttrain.specialists.sampling import DEFAULT_OWN_SHARE, choose_rows, classes_of_rows
+from studenttrain.specialists.sampling import DEFAULT_OWN_SHARE, check_has_classes, choose_rows, classes_of_rows
 
 DUSTBIN_NAME = "other classes"
 
@@ -50,11 +50,7 @@ class Specialty:
             StoreError: the store has no row for it, or the corpus of validation none of its classes.
         """
         store, card = prepared.store, prepared.card
-        if store.manifest.sequences is not None:
-            raise StudentError(
-                f"store '{store.path}': expected one whose rows have a class, got sequences of tokens; specialists are "
-                "for classes"
-            )
+        check_has_classes(store)
         objective, encoding = prepared.objective, store.manifest.encoding
         if objective.is_soft and objective.temperature != 1 and encoding.name in ("topk", "sample"):
             raise MismatchError(

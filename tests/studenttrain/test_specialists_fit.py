@@ -684,22 +684,22 @@ def test_workers_give_the_weights_of_one_process_though_one_dies(
 
 
 @pytest.fixture
-def scheduler() -> Iterator[Callable[[int], str]]:
+def scheduler() -> Iterator[Callable[..., str]]:
     """Starts a Dask cluster in this process, whose worker has so many threads, and gives its address."""
     from distributed import LocalCluster
 
     with contextlib.ExitStack() as stack:
 
-        def start(num_threads: int) -> str:
+        def start(num_threads: int, num_workers: int = 1) -> str:
             options: dict[str, Any] = {"processes": False, "protocol": "tcp://", "dashboard_address": "127.0.0.1:0"}
-            cluster = LocalCluster(1, threads_per_worker=num_threads, host="127.0.0.1", **options)
+            cluster = LocalCluster(n_workers=num_workers, threads_per_worker=num_threads, host="127.0.0.1", **options)
             stack.enter_context(cluster)
             return str(cluster.scheduler_address)
 
         yield start
 
 
-def test_workers_of_a_scheduler_train_and_say_what_they_met(ground: Ground, scheduler: Callable[[int], str]) -> None:
+def test_workers_of_a_scheduler_train_and_say_what_they_met(ground: Ground, scheduler: Callable[..., str]) -> None:
     config = config_of(ground, epochs=1)
     one, two = scheduler(1), scheduler(2)
     with pytest.raises(StudentError, match=r"specialist \d: worker '.*': expected one thread, since two trainings"):
@@ -714,6 +714,22 @@ def test_workers_of_a_scheduler_train_and_say_what_they_met(ground: Ground, sche
         pytest.raises(StudentError, match=r"specialist 0: .*: expected a folder that no other run writes to, got one"),
     ):
         fit_specialists(replace(config, scheduler=one), quiet=True)
+
+
+def test_a_scheduler_without_workers_is_refused(
+    ground: Ground, scheduler: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("studenttrain.specialists.parallel.CONNECT_S", 1.0)
+    with pytest.raises(
+        PathError, match=r"scheduler 'tcp://.*': expected a worker, got none in 1 s; start some: dask w"
+    ):
+        fit_specialists(config_of(ground, scheduler=scheduler(1, num_workers=0)), quiet=True)
+
+
+def test_workers_that_write_to_another_place_are_found_out(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("studenttrain.specialists.parallel.train_on_workers", lambda *_: None)
+    with pytest.raises(StudentError, match=r"specialist 0: expected it to have ended in .*, got no result there; give"):
+        fit_specialists(config_of(ground, workers=1), quiet=True)
 
 
 def last_worker() -> WorkerState:
