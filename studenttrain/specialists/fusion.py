@@ -29,18 +29,16 @@ import torch
 from torch import Tensor
 
 from storage.errors import StudentError
+from studenttrain.specialists.fusion_groups import GroupProblem, Said, group_problem, normalised
 
 DEFAULT_TOLERANCE = 1e-8
 MAX_ITERATIONS = 200  # what was seen needs less than thirty
 INNER = 0.1  # of the tolerance is what groups are solved to
 CHUNK_VALUES = 1 << 22  # numbers of the largest array that is worked on at once, float64
-LEAST_LOG = -1e4  # stands for -inf where something has to be shared out among classes that nobody believes in
 LEAST = 1e-18  # masses and dustbins below it do not move a gradient, and are left out of the steps
 TINY = 100.0  # times the tolerance: shares below it are taken from the optimum's formula
 KEPT = 0.01  # of itself is what any unknown keeps in a step, at least, so that all stay above 0
 CENTRING = 0.1  # of the mean distance from n is what a step leaves to go
-
-Said = tuple[Sequence[int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,13 +88,13 @@ def fuse(
     _check(logprobs_NC, said, active_NM, tolerance)
     num_rows, num_classes = logprobs_NC.shape
     outside_MC = _outside(said, num_classes, logprobs_NC.device)
-    fused_NC = _normalised(logprobs_NC, "generalist", torch.arange(num_rows))
+    fused_NC = normalised(logprobs_NC, "generalist", torch.arange(num_rows))
     num_iterations, residual = 0, 0.0
     fused_rows = active_NM.any(1).nonzero()[:, 0].to(fused_NC.device)
     step = max(1, CHUNK_VALUES // max(num_classes, _group_values(active_NM, num_classes)))
     for start in range(0, len(fused_rows), step):
         rows = fused_rows[start : start + step]
-        problem = _problem(fused_NC[rows], said, active_NM.to(rows.device)[rows], outside_MC, rows)
+        problem = group_problem(fused_NC[rows], said, active_NM.to(rows.device)[rows], outside_MC, rows)
         share_NK, off_N, iterations = _solve(problem, INNER * tolerance, max_iterations)
         log_share_NK = _exact_where_tiny(problem, share_NK, TINY * tolerance)
         residual_N = torch.maximum(_gradient(problem, log_share_NK.exp())[0].abs().amax(1), off_N)
@@ -149,130 +147,7 @@ def _outside(said: Sequence[Said], num_classes: int, device: torch.device) -> Te
     return outside_MC.to(device)
 
 
-def _normalised(logprobs_NC: Tensor, whose: str, rows: Tensor) -> Tensor:
-    """Log-probabilities that sum to one in float64: what float32 rounding moved would else have no optimum."""
-    logprobs_NC = logprobs_NC.detach().double()
-    total_N = logprobs_NC.logsumexp(1)
-    if not bool(total_N.isfinite().all()):
-        row = int(rows[int((~total_N.isfinite()).nonzero()[0, 0])])
-        raise StudentError(
-            f"{whose}: expected a distribution in row {row}, got something else; look at the model's outputs there"
-        )
-    return logprobs_NC - total_N[:, None]
-
-
-@dataclass(frozen=True, eq=False)
-class _Problem:
-    """Rows with active specialists, as masses of groups of classes that the same active specialists have.
-
-    Attributes:
-        group_NC: the group of each class.
-        within_NC: log of the class's share of its group, the same in n and in q.
-        log_mass_NK: log of the group's n; -inf where it has none, or there is no such group.
-        begin_NK: where q begins, shares of the whole.
-        outside_NAK: 1 where the active specialist does not have the group, else 0.
-        dustbin_NA: d; 0 behind the last active one.
-        total_N: 1 + A.
-    """
-
-    group_NC: Tensor  # noqa: N815
-    within_NC: Tensor  # noqa: N815
-    log_mass_NK: Tensor  # noqa: N815
-    begin_NK: Tensor  # noqa: N815
-    outside_NAK: Tensor  # noqa: N815
-    dustbin_NA: Tensor  # noqa: N815
-    total_N: Tensor  # noqa: N815
-
-
-def _problem(log_g_NC: Tensor, said: Sequence[Said], active_NM: Tensor, outside_MC: Tensor, rows: Tensor) -> _Problem:
-    """The problem of some rows, each with an active specialist."""
-    log_n_NC, num_rows = log_g_NC.clone(), len(log_g_NC)
-    group_NC, outside_NAK, member_NA = _groups(active_NM, outside_MC)
-    log_dustbin_NM = torch.full(active_NM.shape, -torch.inf, dtype=torch.float64, device=log_g_NC.device)
-    for number, (classes, logprobs_NK) in enumerate(said):
-        mine = active_NM[:, number].nonzero()[:, 0]
-        if not len(mine):
-            continue
-        given = logprobs_NK.to(log_g_NC.device)[rows[mine]]
-        said_NK = _normalised(given, f"specialist {number}", rows[mine])
-        place = (mine[:, None], torch.tensor(list(classes), device=log_g_NC.device))
-        log_n_NC[place] = torch.logaddexp(log_n_NC[place], said_NK[:, :-1])
-        log_dustbin_NM[mine, number] = said_NK[:, -1]
-        if not bool(outside_MC[number].any()) and bool((said_NK[:, -1] > -torch.inf).any()):
-            raise StudentError(
-                f"specialist {number}: expected nothing in its dustbin, since it has all classes, got a probability in "
-                f"row {int(rows[mine[int(said_NK[:, -1].argmax())]])}; leave it out, or give it fewer classes"
-            )
-    padded_NM = torch.cat([log_dustbin_NM, torch.full_like(log_dustbin_NM[:, :1], -torch.inf)], 1)
-    dustbin_NA = padded_NM.gather(1, member_NA).exp()
-    num_groups = outside_NAK.shape[2]
-    is_there_NC = log_n_NC > -torch.inf
-    log_mass_NK = _group_logsumexp(log_n_NC, group_NC, num_groups)
-    # classes that nobody believes in share what falls to a group of nothing but such
-    lifted_NC = torch.where(is_there_NC, log_n_NC, LEAST_LOG)
-    lifted_NK = _group_logsumexp(lifted_NC, group_NC, num_groups)
-    is_nothing_NK = log_mass_NK == -torch.inf
-    within_NC = torch.where(
-        is_there_NC | is_nothing_NK.gather(1, group_NC), lifted_NC - lifted_NK.gather(1, group_NC), -torch.inf
-    )
-    total_N = 1.0 + active_NM.sum(1).double()
-    assert num_rows == len(total_N)
-    return _Problem(
-        group_NC=group_NC,
-        within_NC=within_NC,
-        log_mass_NK=log_mass_NK,
-        begin_NK=_begin(log_mass_NK, lifted_NK, outside_NAK, dustbin_NA, total_N),
-        outside_NAK=outside_NAK,
-        dustbin_NA=dustbin_NA,
-        total_N=total_N,
-    )
-
-
-def _groups(active_NM: Tensor, outside_MC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How each row's classes fall into groups that the same active specialists have.
-
-    Returns:
-        The group of each class (N, C); which active specialists do not have a group, float64 (N, A, K); and their
-        numbers (N, A), M behind the last.
-    """
-    device = active_NM.device
-    patterns_PM, pattern_N = active_NM.unique(dim=0, return_inverse=True)
-    num_active = int(patterns_PM.sum(1).max())
-    groups, outsides, members = [], [], []
-    for pattern_M in patterns_PM:
-        member_A = pattern_M.nonzero()[:, 0]
-        code_C = torch.zeros(outside_MC.shape[1], dtype=torch.int64, device=device)
-        for member in member_A:
-            code_C = (2 * code_C + outside_MC[member]).unique(return_inverse=True)[1]
-        num_groups = int(code_C.max()) + 1
-        outside_AK = torch.zeros(num_active, num_groups, dtype=torch.float64, device=device)
-        outside_AK[: len(member_A), code_C] = outside_MC[member_A].double()
-        groups.append(code_C)
-        outsides.append(outside_AK)
-        members.append(torch.nn.functional.pad(member_A, (0, num_active - len(member_A)), value=len(pattern_M)))
-    most = max(outside_AK.shape[1] for outside_AK in outsides)
-    outside_PAK = torch.stack([torch.nn.functional.pad(part, (0, most - part.shape[1])) for part in outsides])
-    return torch.stack(groups)[pattern_N], outside_PAK[pattern_N], torch.stack(members)[pattern_N]
-
-
-def _group_logsumexp(values_NC: Tensor, group_NC: Tensor, num_groups: int) -> Tensor:
-    """Log of the summed exp of each group's classes (N, K); -inf where there are none."""
-    empty_NK = torch.full((len(values_NC), num_groups), -torch.inf, dtype=values_NC.dtype, device=values_NC.device)
-    top_NK = empty_NK.scatter_reduce(1, group_NC, values_NC, "amax")
-    safe_NK = torch.where(top_NK > -torch.inf, top_NK, 0.0)
-    parts_NC = (values_NC - safe_NK.gather(1, group_NC)).exp()
-    return torch.zeros_like(empty_NK).scatter_add(1, group_NC, parts_NC).log() + safe_NK
-
-
-def _begin(log_mass_NK: Tensor, lifted_NK: Tensor, outside_NAK: Tensor, dustbin_NA: Tensor, total_N: Tensor) -> Tensor:
-    """Where q begins: each dustbin shared out as n is among the classes outside; of one specialist, the solution."""
-    log_outside_NAK = torch.where(outside_NAK > 0, lifted_NK[:, None], -torch.inf)
-    has_any_NA1 = outside_NAK.any(2, keepdim=True)
-    share_NAK = torch.where(has_any_NA1, log_outside_NAK, 0.0).softmax(2) * has_any_NA1
-    return (log_mass_NK.exp() + (dustbin_NA[:, :, None] * share_NAK).sum(1)) / total_N[:, None]
-
-
-def _gradient(problem: _Problem, share_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gradient(problem: GroupProblem, share_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dF/dz of each group, at most as large as which each of its classes has it, (N, K).
 
     Returns:
@@ -284,7 +159,7 @@ def _gradient(problem: _Problem, share_NK: Tensor) -> tuple[Tensor, Tensor, Tens
     return share_NK * (problem.total_N[:, None] - pull_NK) - problem.log_mass_NK.exp(), pull_NK, rest_NA
 
 
-def _exact_where_tiny(problem: _Problem, share_NK: Tensor, tiny: float) -> Tensor:
+def _exact_where_tiny(problem: GroupProblem, share_NK: Tensor, tiny: float) -> Tensor:
     """Log of the groups' shares (N, K), tiny ones by q = n / (1 + A - sum d / R), where nothing cancels, to all digits.
 
     None is below n / (1 + A), which the optimum never is; and none is left to a group without n that needs none.
@@ -299,7 +174,7 @@ def _exact_where_tiny(problem: _Problem, share_NK: Tensor, tiny: float) -> Tenso
     return log_share_NK - log_share_NK.logsumexp(1, keepdim=True)
 
 
-def _solve(problem: _Problem, tolerance: float, max_iterations: int) -> tuple[Tensor, Tensor, int]:
+def _solve(problem: GroupProblem, tolerance: float, max_iterations: int) -> tuple[Tensor, Tensor, int]:
     """The optimum of each row, shares of the groups (N, K), how far it is off (N,), and the steps of the slowest.
 
     A row that is not within the tolerance after all steps is given where it was nearest to it.
@@ -320,11 +195,11 @@ def _solve(problem: _Problem, tolerance: float, max_iterations: int) -> tuple[Te
         num_iterations += 1
 
 
-def _rows_of(problem: _Problem, rows: Tensor) -> _Problem:
-    return _Problem(**{name: value[rows] for name, value in vars(problem).items()})
+def _rows_of(problem: GroupProblem, rows: Tensor) -> GroupProblem:
+    return GroupProblem(**{name: value[rows] for name, value in vars(problem).items()})
 
 
-def _first_state(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
+def _first_state(problem: GroupProblem) -> tuple[Tensor, Tensor, Tensor]:
     """q, t (N, K) and s (N, A) to begin with: all above 0, where a dustbin has something."""
     share_NK = problem.begin_NK.clamp(min=LEAST)
     rest_NA = (problem.outside_NAK * share_NK[:, None]).sum(2)
@@ -338,7 +213,7 @@ def _first_state(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
     return share_NK, slack_NK, ratio_NA
 
 
-def _distance(problem: _Problem, share_NK: Tensor, slack_NK: Tensor, ratio_NA: Tensor) -> Tensor:
+def _distance(problem: GroupProblem, share_NK: Tensor, slack_NK: Tensor, ratio_NA: Tensor) -> Tensor:
     """How far q, t and s are from the three conditions, (N,): near to all of them is near the optimum.
 
     A small gradient with respect to z alone is not: a group that should be likely has hardly any while its q is tiny.
@@ -354,7 +229,7 @@ def _distance(problem: _Problem, share_NK: Tensor, slack_NK: Tensor, ratio_NA: T
     return torch.cat(parts, 1).abs().amax(1)
 
 
-def _step(problem: _Problem, share_NK: Tensor, slack_NK: Tensor, ratio_NA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _step(problem: GroupProblem, share_NK: Tensor, slack_NK: Tensor, ratio_NA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One step of q, t and s to where the linear parts of the three conditions hold, or as far as all stay above 0."""
     outside_NAK, is_there_NA = problem.outside_NAK, problem.dustbin_NA > LEAST
     mass_NK, dustbin_NA = problem.log_mass_NK.exp().clamp(min=LEAST), torch.where(is_there_NA, problem.dustbin_NA, 0.0)

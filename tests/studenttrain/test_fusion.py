@@ -12,7 +12,8 @@ from torch import Tensor
 
 from storage.errors import StudentError
 from studenttrain.specialists import fusion
-from studenttrain.specialists.fusion import Said, fuse
+from studenttrain.specialists.fusion import fuse
+from studenttrain.specialists.fusion_groups import Said
 
 TOLERANCE = 1e-9
 
