@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -36,6 +37,7 @@ class Settings:
         soft_epochs: after that, on the generalist's soft targets and hard ones.
         alpha: weight of the soft targets there.
         lr: of the specialists, in each phase.
+        warmup_steps: of specialists and students.
         student_lr: of the student that everything is distilled into.
         student_epochs: of it, over the transfer rows.
     """
@@ -52,6 +54,7 @@ class Settings:
     soft_epochs: int = 1
     alpha: float = 0.5
     lr: float = 0.02
+    warmup_steps: int = 20
     student_lr: float = 0.02
     student_epochs: int = 1
 
@@ -59,7 +62,7 @@ class Settings:
     def sgd(self) -> tuple[object, ...]:
         """How specialists and students are trained."""
         return (
-            "--optimizer", "sgd", "--weight-decay", 5e-4, "--warmup-steps", 20, "--precision", "bf16",
+            "--optimizer", "sgd", "--weight-decay", 5e-4, "--warmup-steps", self.warmup_steps, "--precision", "bf16",
             "--readers", self.threads,
         )  # fmt: skip
 
@@ -86,7 +89,7 @@ def run_all(settings: Settings, pictures: Path) -> dict[str, Any]:
 
     Args:
         settings: of the run.
-        pictures: folder that the clusters are drawn in.
+        pictures: folder that a picture of the clusters goes to.
     """
     run, steps = settings.run, Steps(settings.run / "steps", settings.threads, _places(settings))
     trained = steps.call(
@@ -101,7 +104,8 @@ def run_all(settings: Settings, pictures: Path) -> dict[str, Any]:
     for name in ("transfer", *TRIED):
         dump(steps, settings, name)
     figures: dict[str, Any] = {"generalist": json.loads(trained)}
-    figures["clusters"] = find_clusters(steps, settings, pictures / "paper-cifar-clusters.png")
+    figures["clusters"] = find_clusters(steps, settings)
+    shutil.copyfile(run / "clusters.png", pictures / "paper-cifar-clusters.png")
     figures["phases"] = train_specialists(steps, settings)
     figures["students"] = train_students(steps, settings)
     figures["settings"] = {name: value for name, value in asdict(settings).items() if name not in ("cifar", "run")}
@@ -127,7 +131,7 @@ def dump(steps: Steps, settings: Settings, name: str) -> None:
     )  # fmt: skip
 
 
-def find_clusters(steps: Steps, settings: Settings, picture: Path) -> dict[str, Any]:
+def find_clusters(steps: Steps, settings: Settings) -> dict[str, Any]:
     """The specialists' classes, and, of as many clusters as there are superclasses, how they agree with these."""
     run = settings.run
     steps.call(
@@ -140,7 +144,7 @@ def find_clusters(steps: Steps, settings: Settings, picture: Path) -> dict[str, 
     figures: dict[str, Any] = {"specialists": described(plan, superclass_C)}
     for on in ("correlation", "covariance"):
         out = run / f"clusters-{on}.json"
-        drawn = ("--picture", picture) if on == "correlation" else ()
+        drawn = ("--picture", run / "clusters.png") if on == "correlation" else ()
         steps.call(
             f"clusters-{on}", "studenttrain", "specialists", "plan", "--targets", run / "transfer.zarr", "--out", out,
             "--num-specialists", NUM_SUPERCLASSES, "--on", on, "--quiet", *drawn,
