@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,26 +13,28 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
-from storage.corpus import open_corpus
+from storage.corpus import Batch, open_corpus
 from storage.encodings import Dense, HeadArrays, Hidden, TopK
 from storage.errors import CorpusError, CorpusMismatchError, MismatchError, NotSealedError, PathError, StudentError
 from storage.info import info, info_text
-from storage.reader import open_store
+from storage.reader import Store, open_store
 from storage.scan import verify
 from studenttrain.cli import main
+from studenttrain.evaluate import read_ahead
 from studenttrain.export import CARD
 from studenttrain.specialists.evaluation import TryOptions, try_specialists
 from studenttrain.specialists.fuse_options import FuseOptions
 from studenttrain.specialists.fuse_store import fuse_store
-from studenttrain.specialists.fused import Fused, FusedClassifier, load_folder
+from studenttrain.specialists.fused import Fused, FusedClassifier, load_folder, load_generalist
 from studenttrain.specialists.fused_figures import CountLine, FusedTally
 from studenttrain.specialists.fused_picture import together, write_fused_picture
 from studenttrain.specialists.fused_text import evaluated_text, fused_text
 from studenttrain.specialists.fusion import FusedResult, fuse
-from studenttrain.specialists.generalist import stored_logprobs
+from studenttrain.specialists.generalist import check_generalist_store, stored_logprobs
 from studenttrain.specialists.specialist import load_specialists, phase_folder
 from studenttrain.train import fit
 from tests.studenttrain.runs import NUM_CLASSES, NUM_FEATURES, Ground, write_targets
+from tests.studenttrain.sequences import make_token_ground
 from tests.studenttrain.specialists_ground import (
     CLASSES,
     build_generalist,
@@ -504,3 +507,40 @@ def test_a_student_learns_from_a_fused_store_made_by_the_command(
     again = run("fuse", ground, "--targets", str(ground.targets), "--out", str(out), "--json")
     assert json.loads(again.output)["num_written"] == 0
     assert fit(replace(ground, targets=out).config(epochs=1), quiet=True) is not None
+
+
+# what can't be fused
+
+
+def test_a_series_is_refused_for_one_of_its_stores(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("studenttrain.specialists.evaluation.Series", Store)
+    with pytest.raises(MismatchError, match="expected one store of the corpus, got a series of them; give a member"):
+        try_specialists(tried(ground), quiet=True)
+
+
+def test_sequences_have_no_specialists(ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, specialists = load_folder(ground.folder / "specialists", None)
+    with (
+        open_store(make_token_ground(tmp_path / "tokens").targets) as store,
+        pytest.raises(StudentError, match="expected one whose rows have a class, got sequences of tokens"),
+    ):
+        check_generalist_store(store, plan, specialists)
+    card = replace(specialists[0].card, specialist=None, sequences={"num_positions": 4})
+    monkeypatch.setattr("studenttrain.specialists.fused.load_student", lambda _: (build_generalist(), card))
+    with pytest.raises(StudentError, match="expected a model of all classes, got a language model"):
+        load_generalist("runs/lm", plan, specialists)
+
+
+def test_a_sample_that_can_t_be_decoded_any_more_stops_the_fusion(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*given: Any) -> Iterator[Batch]:
+        for batch in read_ahead(*given):
+            batch.errors[2] = "a decoder that is gone"
+            yield batch
+
+    monkeypatch.setattr("studenttrain.specialists.fuse_store.read_ahead", damaged)
+    with pytest.raises(
+        MismatchError, match=r"row 2: expected a sample that can be decoded, .* \(a decoder that is gone\)"
+    ):
+        fuse_store(fused(ground))
