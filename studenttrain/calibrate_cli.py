@@ -27,6 +27,12 @@ CORPUS_KINDS = "images (a folder), idx, arrays, webdataset or parquet; found fro
     help="match: biases with which the mean mass over --data meets the prior; shift: from it to the prior.  [match]",
 )
 @click.option(
+    "--slack",
+    type=float,
+    help="Of match: standard deviations of a share that a class may miss its own by, for each unit of its bias.  "
+    "[0 where the prior is of these very samples, else 1]",
+)
+@click.option(
     "--temperature",
     help="Fit one number, before the biases: none, labels (of --data) or targets (those of --targets).  [none]",
 )

@@ -25,7 +25,7 @@ from storage.reader import Store, open_store
 from studenttrain.answers import answers
 from studenttrain.calibration_config import CalibrationConfig
 from studenttrain.calibration_data import open_calibration_data, open_made_from, selected_rows
-from studenttrain.calibration_fit import fit_temperature, match_biases, mean_mass, shift_biases
+from studenttrain.calibration_fit import fit_temperature, match_biases, mean_mass, sampling_slack, shift_biases
 from studenttrain.calibration_fold import check_folded, check_not_tied, fold, last_layer
 from studenttrain.calibration_logits import Gathered, Spool, Targets, digest_of, gather
 from studenttrain.calibration_prior import UNIFORM, Prior, read_prior
@@ -38,7 +38,7 @@ from studenttrain.heads import Head
 from studenttrain.preparation import default_readers
 
 # What says that a calibration is the same: the rest is worked out from it.
-ASKED = ("method", "temperature_from", "student", "data", "prior", "targets")
+ASKED = ("method", "slack_asked", "temperature_from", "student", "data", "prior", "targets")
 LOSSES = {"labels": "NLL of the hard targets", "targets": "cross entropy to the stored targets"}
 FILES = frozenset({WEIGHTS, CARD, PROGRAM})
 
@@ -73,6 +73,7 @@ def calibrate(config: CalibrationConfig, *, quiet: bool = False) -> CalibrationR
         data = {"kind": corpus.kind, "fingerprint": corpus.fingerprint, "rows": card.rows if selected else None}
         asked: dict[str, Any] = {
             "method": None if prior is None else config.method or "match",
+            "slack_asked": config.slack,
             "temperature_from": config.temperature,
             "student": weights_digest(model.state_dict()),
             "data": data,
@@ -88,7 +89,7 @@ def calibrate(config: CalibrationConfig, *, quiet: bool = False) -> CalibrationR
         data |= _data_of(gathered, corpus, config)
         was_there = _check_same(folder, asked)
         record: Mapping[str, Any] = {**asked, "earlier": card.calibration}
-        record = _held(folder) if was_there else {**record, **_fitted(spool, prior, asked)}
+        record = _held(folder) if was_there else {**record, **_fitted(spool, prior, asked, gathered)}
     before_NC = _logits(model.cpu(), gathered.inputs, card)
     bias_C = None if record["bias"] is None else np.array(record["bias"])
     fold(head, record["temperature"], bias_C)
@@ -144,7 +145,7 @@ def _gather(
         )
 
 
-def _fitted(spool: Spool, prior: Prior | None, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _fitted(spool: Spool, prior: Prior | None, asked: Mapping[str, Any], gathered: Gathered) -> dict[str, Any]:
     """Temperature, then biases, and the figures before and after."""
     found: dict[str, Any] = {"temperature": 1.0, "loss": None, "bias": None, "mass": None, "fit": None}
     if asked["temperature_from"] != "none":
@@ -160,16 +161,25 @@ def _fitted(spool: Spool, prior: Prior | None, asked: Mapping[str, Any]) -> dict
     prior_C = prior.probs_C
     before_C = mean_mass(spool.blocks, np.zeros(len(prior_C)), temperature)
     num_passes: int | None = None
+    slack: float | None = None
     if asked["method"] == "shift":
         _check_mass(before_C)
         bias_C = shift_biases(before_C, prior_C)
     else:
-        fit = match_biases(spool.blocks, prior_C, temperature)
+        slack = asked["slack_asked"]
+        if slack is None:
+            slack = 0.0 if prior.samples == gathered.digest else 1.0
+        counts = [count for count in (gathered.num_distributions, prior.num_counted) if count is not None]
+        fit = match_biases(spool.blocks, prior_C, temperature, sampling_slack(prior_C, slack, *counts))
         bias_C, num_passes = fit.bias_C, fit.num_passes
     after_C = mean_mass(spool.blocks, bias_C, temperature)
     mass = {"before": before_C.tolist(), "after": after_C.tolist(), "prior": prior_C.tolist()}
     error = float(abs(after_C / prior_C - 1).max())
-    return found | {"bias": bias_C.tolist(), "mass": mass, "fit": {"num_passes": num_passes, "error": error}}
+    return found | {
+        "bias": bias_C.tolist(),
+        "mass": mass,
+        "fit": {"num_passes": num_passes, "slack": slack, "error": error},
+    }
 
 
 def _check_mass(mass_C: NDArray[np.float64]) -> None:

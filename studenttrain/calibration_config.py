@@ -1,5 +1,6 @@
 """What `studenttrain calibrate` is asked to do: one frozen value, checked when it is built."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,9 @@ class CalibrationConfig:
             `uniform`, or a `.json` file. None leaves the biases as they are.
         method: `match` finds biases with which the mean mass over `data` meets the prior; `shift` is the closed form
             from the mean mass over `data` to the prior. None is `match`.
+        slack: of `match`, at least 0: standard deviations of a share among so many samples that a class may miss its
+            share by for a bias of 1; at most three times as many. None is 0 where the prior is that of the very samples
+            of `data`, else 1.
         temperature: `none`, `labels` (least loss on the hard targets of `data`) or `targets` (least cross entropy to
             the soft targets of `targets`).
         targets: store made from `data`: for the temperature, and for `shift` of a student that learned from some of
@@ -53,6 +57,7 @@ class CalibrationConfig:
     out: str
     prior: str | None = None
     method: Method | None = None
+    slack: float | None = None
     temperature: TemperatureFrom = "none"
     targets: str | None = None
     labels: str | None = None
@@ -76,6 +81,8 @@ class CalibrationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.slack is not None and not 0 <= self.slack < math.inf:
+            raise ValueError(f"slack: expected a number of at least 0, got {self.slack:g}")
         if self.method is not None and self.method not in METHODS:
             raise ValueError(f"method: expected {' or '.join(METHODS)}, got {self.method!r}")
         if self.temperature not in TEMPERATURES:
@@ -88,6 +95,8 @@ class CalibrationConfig:
             raise ValueError("prior, temperature: expected one of them, or both, got neither; say what to calibrate")
         if self.prior is None and self.method is not None:
             raise ValueError(f"method: expected a prior beside it, got none, so that {self.method} has nothing to do")
+        if self.slack is not None and (self.prior is None or self.method == "shift"):
+            raise ValueError("slack: expected a prior and the method match beside it, got others; leave it out")
         if self.targets is None and self.temperature == "targets":
             raise ValueError(
                 "targets: expected the store whose targets the temperature is fitted to, got none; give it"

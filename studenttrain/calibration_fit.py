@@ -5,8 +5,9 @@ Legend: R distributions, C classes, K kept entries, G temperatures that are trie
 A calibrated student says softmax(z / T + b).
 
 Sources: Guo et al. 2017 (arXiv:1706.04599), section 4.2, temperature scaling; Saerens, Latinne and Decaestecker 2002,
-equation 4, posteriors under other priors; Sinkhorn 1967, whose alternate scaling of rows and columns the step
-b += log(prior / mass) is; Hinton, Vinyals and Dean 2015, section 3, biases of classes that a transfer set lacks.
+equation 4, posteriors under other priors; Sinkhorn 1967, alternate scaling of rows and columns, which the step
+b += log(prior / mass) is; Huber 1964, the penalty; Hinton, Vinyals and Dean 2015, section 3, biases of classes that a
+transfer set lacks.
 """
 
 import math
@@ -27,8 +28,10 @@ SLICE_VALUES = 1 << 20  # logits that are exponentiated together
 TOLERANCE = 1e-4  # of the prior, that a class's mean mass may be off by
 MAX_PASSES = 300
 MAX_STEP = 4.0  # that a bias moves in a Newton step: farther off, the potential is not the parabola that it sees
-MAX_HESSIAN_CLASSES = 4096  # 134 MB as float64; of more classes each step is one of Sinkhorn's
+MAX_HESSIAN_CLASSES = 4096  # 134 MB as float64; of more classes each step is the surrogate's
+MAX_SLACK = 3.0
 LEAST_MASS = 1e-30
+MOST_STEP = 100.0  # of the surrogate: from the least mass to any share
 MAX_LOG2_TEMPERATURE = 6.0
 COARSE_STEPS, FINE_STEPS = 12, 8
 TEMPERATURE_TOLERANCE = 1e-3  # of log2 T: the loss is flat around the best, so that float32 tells no finer
@@ -64,6 +67,18 @@ class TemperatureFit:
     after: float
 
 
+def sampling_slack(prior_C: NDArray[np.float64], slack: float, *counts: int) -> NDArray[np.float64]:
+    """So many standard deviations of each share among as many samples as were counted, float64 (C,).
+
+    Args:
+        prior_C: the shares.
+        slack: standard deviations, at least 0.
+        counts: samples of which each side of the comparison is a mean; none where a side is no sample.
+    """
+    deviation_C: NDArray[np.float64] = np.sqrt(prior_C * (1 - prior_C) * sum(1 / count for count in counts))
+    return slack * deviation_C
+
+
 @dataclass(frozen=True)
 class _Potential:
     """F(b) = mean lse(z / T + b) - prior b, which is convex and least where the mean mass meets the prior."""
@@ -91,60 +106,108 @@ def shift_biases(mass_C: NDArray[np.float64], prior_C: NDArray[np.float64]) -> N
 
 
 def match_biases(
-    blocks: Blocks, prior_C: NDArray[np.float64], temperature: float = 1.0, max_passes: int = MAX_PASSES
+    blocks: Blocks,
+    prior_C: NDArray[np.float64],
+    temperature: float = 1.0,
+    slack_C: NDArray[np.float64] | None = None,
+    max_passes: int = MAX_PASSES,
 ) -> BiasFit:
     """Biases with which the mean mass over all rows meets a prior within `TOLERANCE` of it, class by class.
 
-    Such biases are there for any prior above 0, and but for a constant they are the only ones. The first step is
-    Sinkhorn's, which goes far in one where a class has next to no mass; then Newton's, cut to `MAX_STEP`, or Sinkhorn's
-    again where that one does not descend: by itself it always does, but needs hundreds of passes of a sure student.
+    Such biases are there for any prior above 0, and but for a constant they are the only ones. A surrogate's step goes
+    first, since it goes far in one where a class has next to no mass; then Newton's, cut to `MAX_STEP`, or the
+    surrogate's again where that one does not descend: by itself it always does, but needs hundreds of passes of a sure
+    student.
 
     Args:
         blocks: the logits.
         prior_C: of each class, above 0; they sum to one.
         temperature: that the logits are divided by.
+        slack_C: how far a class may miss its share for a bias of 1, at most `MAX_SLACK` times as far for a large one:
+            what pulls biases to 0 where the prior is not known any better. None is none.
         max_passes: over the logits.
 
     Raises:
         StudentError: the mass does not meet the prior after so many passes.
     """
-    num_classes = len(prior_C)
-    with_hessian = num_classes <= MAX_HESSIAN_CLASSES
-    bias_C = np.zeros(num_classes)
+    slack_C = np.zeros(len(prior_C)) if slack_C is None else slack_C
+    with_hessian = len(prior_C) <= MAX_HESSIAN_CLASSES
+    bias_C = np.zeros(len(prior_C))
     now = _pass(blocks, bias_C, temperature, with_hessian)
-    error, is_first = _error(now.mass_C, prior_C), True
+    missed_C, is_first = now.mass_C - prior_C, True
     for num_passes in range(1, max_passes + 1):
-        if error <= TOLERANCE:
-            return BiasFit(_centred(bias_C), num_passes, error)
-        sinkhorn_C = bias_C + np.log(prior_C) - np.log(np.maximum(now.mass_C, LEAST_MASS))
-        newton_C = None if is_first or now.hessian_CC is None else bias_C + _newton_step(now, prior_C)
-        is_first = False
-        before = now.value - float(prior_C @ bias_C)
-        tried_C = sinkhorn_C if newton_C is None else newton_C
-        tried = _pass(blocks, tried_C, temperature, with_hessian)
-        if newton_C is not None and tried.value - float(prior_C @ newton_C) > before + 1e-9 * (1 + abs(before)):
-            tried_C, tried = sinkhorn_C, _pass(blocks, sinkhorn_C, temperature, with_hessian)
-        bias_C, now = tried_C, tried
-        error = _error(now.mass_C, prior_C)
-    worst = int(np.argmax(abs(now.mass_C / prior_C - 1)))
+        if (abs(missed_C) <= TOLERANCE * prior_C).all():
+            return BiasFit(_centred(bias_C), num_passes, float(abs(now.mass_C / prior_C - 1).max()))
+        before = _penalised(now, bias_C, prior_C, slack_C)
+        tried_C = tried = None
+        if not is_first and now.hessian_CC is not None:
+            tried_C = bias_C + _newton_step(now.hessian_CC, missed_C, bias_C, slack_C)
+            tried = _pass(blocks, tried_C, temperature, with_hessian)
+            if _penalised(tried, tried_C, prior_C, slack_C) > before + 1e-9 * (1 + abs(before)):
+                tried = None
+        if tried is None or tried_C is None:
+            tried_C = bias_C + _surrogate_step(now.mass_C, prior_C, bias_C, slack_C)
+            tried = _pass(blocks, tried_C, temperature, with_hessian)
+        bias_C, now, is_first = tried_C, tried, False
+        missed_C = now.mass_C - prior_C + _pull(bias_C, slack_C)
+    worst = int(np.argmax(abs(missed_C / prior_C)))
     raise StudentError(
         f"biases: expected a mean mass within {100 * TOLERANCE:g} % of the prior, got class {worst} off by "
-        f"{100 * error:.3g} % after {max_passes} passes; give --data in which each class occurs, or use --method shift"
+        f"{100 * abs(missed_C[worst] / prior_C[worst]):.3g} % after {max_passes} passes; give --data in which each "
+        "class occurs, or use --method shift"
     )
 
 
-def _newton_step(now: _Potential, prior_C: NDArray[np.float64]) -> NDArray[np.float64]:
-    """H^-1 (prior - mass), cut to `MAX_STEP`; a constant added to all biases, which changes nothing, is held at 0."""
-    assert now.hessian_CC is not None
-    num_classes = len(prior_C)
-    hessian_CC = now.hessian_CC + 1 / num_classes**2
-    hessian_CC.flat[:: num_classes + 1] += 1e-10 / num_classes
-    step_C = np.linalg.solve(hessian_CC, prior_C - now.mass_C).astype(np.float64)
+def _pull(bias_C: NDArray[np.float64], slack_C: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far each class may miss its share: slack times bias, and never more than `MAX_SLACK` times the slack."""
+    pull_C: NDArray[np.float64] = slack_C * bias_C / np.sqrt(1 + (bias_C / MAX_SLACK) ** 2)
+    return pull_C
+
+
+def _penalised(
+    now: _Potential, bias_C: NDArray[np.float64], prior_C: NDArray[np.float64], slack_C: NDArray[np.float64]
+) -> float:
+    """The potential and what `_pull` is the derivative of, a pseudo-Huber penalty."""
+    penalty_C = slack_C * MAX_SLACK**2 * (np.sqrt(1 + (bias_C / MAX_SLACK) ** 2) - 1)
+    return now.value - float(prior_C @ bias_C) + float(penalty_C.sum())
+
+
+def _newton_step(
+    hessian_CC: NDArray[np.float64],
+    missed_C: NDArray[np.float64],
+    bias_C: NDArray[np.float64],
+    slack_C: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """- H^-1 g, cut to `MAX_STEP`; without slack a constant added to all biases changes nothing, and is held at 0."""
+    num_classes = len(bias_C)
+    hessian_CC = hessian_CC + (0.0 if slack_C.any() else 1 / num_classes**2)
+    hessian_CC.flat[:: num_classes + 1] += 1e-10 / num_classes + slack_C * (1 + (bias_C / MAX_SLACK) ** 2) ** -1.5
+    step_C = -np.linalg.solve(hessian_CC, missed_C).astype(np.float64)
     return step_C * min(1.0, MAX_STEP / max(float(abs(step_C).max()), MAX_STEP))
 
 
-def _error(mass_C: NDArray[np.float64], prior_C: NDArray[np.float64]) -> float:
-    return float(abs(mass_C / prior_C - 1).max())
+def _surrogate_step(
+    mass_C: NDArray[np.float64],
+    prior_C: NDArray[np.float64],
+    bias_C: NDArray[np.float64],
+    slack_C: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """The step that is best for an upper bound of the potential, class by class: without slack, log(prior / mass).
+
+    Since log(1 + x) <= x, F(b + d) <= F(b) + sum mass (e^d - 1) - prior d. With the penalty it is least where
+    mass e^d - prior + pull(b + d) = 0, which rises with d, and is found by bisection.
+    """
+    mass_C = np.maximum(mass_C, LEAST_MASS)
+    if not slack_C.any():
+        exact_C: NDArray[np.float64] = np.log(prior_C / mass_C)
+        return exact_C
+    low_C, high_C = np.full(len(mass_C), -MOST_STEP), np.full(len(mass_C), MOST_STEP)
+    for _ in range(60):
+        middle_C = (low_C + high_C) / 2
+        is_above_C = mass_C * np.exp(middle_C) - prior_C + _pull(bias_C + middle_C, slack_C) > 0
+        low_C, high_C = np.where(is_above_C, low_C, middle_C), np.where(is_above_C, middle_C, high_C)
+    step_C: NDArray[np.float64] = (low_C + high_C) / 2
+    return step_C
 
 
 def _centred(bias_C: NDArray[np.float64]) -> NDArray[np.float64]:

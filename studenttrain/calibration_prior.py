@@ -3,6 +3,7 @@
 Legend: C classes.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import StudentError
+from storage.reader import Store
 from storage.scan import class_mass
 from studenttrain.checks import check_same_classes, open_targets, store_identity
 from studenttrain.export import StudentCard
@@ -30,11 +32,15 @@ class Prior:
         probs_C: above 0, float64; they sum to one.
         source: where it is from, for the card.
         note: what a user should know of it, or None.
+        num_counted: samples that it is a mean of; None where it is no mean.
+        samples: sha256 of the digests of all of its store's samples, in order; None where it is of no whole store.
     """
 
     probs_C: NDArray[np.float64]  # noqa: N815
     source: Mapping[str, Any]
     note: str | None = None
+    num_counted: int | None = None
+    samples: str | None = None
 
 
 def read_prior(text: str, card: StudentCard, where: str, advance: Callable[[int], None]) -> Prior:
@@ -62,6 +68,7 @@ def _of_store(path: str, card: StudentCard, where: str, advance: Callable[[int],
     with open_targets(path) as store:
         check_same_classes(store, card.num_classes, card.class_names, where)
         identity, num_rows = store_identity(store), store.num_sealed_rows
+        samples = _samples_of(store) if num_rows == store.layout.num_rows else None
     mass = class_mass(path, progress=advance)
     if mass.tail > MAX_TAIL:
         raise StudentError(
@@ -73,7 +80,17 @@ def _of_store(path: str, card: StudentCard, where: str, advance: Callable[[int],
     note = None
     if mass.tail > 0:
         note = f"{100 * mass.tail:.2g} % of the prior's mass is in tails, taken to be spread as the rest is"
-    return Prior(probs_C / probs_C.sum(), {"from": "store", "num_rows": num_rows, **identity}, note)
+    source = {"from": "store", "num_rows": num_rows, **identity}
+    return Prior(probs_C / probs_C.sum(), source, note, num_rows, samples)
+
+
+def _samples_of(store: Store) -> str:
+    """sha256 of the digests of a whole store's samples, in order."""
+    digest = hashlib.sha256()
+    for shard in store.sealed_shards():
+        start, stop = store.layout.shard_bounds(shard)
+        digest.update(store.read(["sample_digest"], start, stop)["sample_digest"].astype("<u8").tobytes())
+    return digest.hexdigest()
 
 
 def _of_file(path: Path, card: StudentCard) -> NDArray[np.float64]:

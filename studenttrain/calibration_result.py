@@ -89,5 +89,6 @@ def _said_biases(card: StudentCard, record: Mapping[str, Any]) -> list[str]:
         for index in moved
     ]
     if fit["num_passes"] is not None:
-        lines.append(f"met within {100 * fit['error']:.2g} % of each share after {fit['num_passes']} passes")
+        slack = "" if not fit["slack"] else f", with a slack of {fit['slack']:g} standard deviations"
+        lines.append(f"met within {100 * fit['error']:.2g} % of each share after {fit['num_passes']} passes{slack}")
     return lines

@@ -128,7 +128,7 @@ def test_the_mean_mass_of_the_student_meets_that_of_the_store(ground: Ground, ba
 @pytest.mark.usefixtures("with_program")
 def test_the_folded_logits_are_those_over_the_temperature_plus_the_biases(ground: Ground) -> None:
     student = write_student(ground.folder / "run", ground)
-    asked = {"prior": "uniform", "temperature": "targets", "targets": str(ground.targets)}
+    asked: dict[str, Any] = {"prior": "uniform", "slack": 0, "temperature": "targets", "targets": str(ground.targets)}
     result = calibrate(config_of(ground, student, **asked), quiet=True)
     inputs = inputs_of(ground)
     bias_C, temperature = torch.tensor(result.record["bias"]), result.record["temperature"]
@@ -176,6 +176,21 @@ def test_draws_of_a_teacher_lead_to_its_temperature() -> None:
     block = {"logits": torch.from_numpy(2 * logits_NC).float()}
     block |= calibration_logits._expected_of_soft(block["logits"], build_targets(manifest, arrays, 1.0))
     assert fit_temperature(lambda: [block]).temperature == pytest.approx(2, rel=2e-2)
+
+
+def test_slack_is_left_out_where_the_prior_is_of_the_very_samples(ground: Ground) -> None:
+    student = write_student(ground.folder / "run", ground)
+    own = calibrate(config_of(ground, student, "own", prior=str(ground.targets)), quiet=True)
+    assert own.record["fit"]["slack"] == 0
+    assert own.record["fit"]["error"] < 1e-4
+    other = str(write_blobs(ground.folder / "other.npz", 96, seed=5))
+    options: dict[str, Any] = {"prior": str(ground.targets), "data": other}
+    loose = calibrate(config_of(ground, student, "loose", **options), quiet=True)
+    assert loose.record["fit"]["slack"] == 1
+    assert "with a slack of 1 standard deviations" in str(loose)
+    tight = calibrate(config_of(ground, student, "tight", **options, slack=0.0), quiet=True)
+    assert tight.record["fit"]["error"] < 1e-4 < loose.record["fit"]["error"]
+    assert np.ptp(loose.record["bias"]) < np.ptp(tight.record["bias"])
 
 
 def test_no_label_is_read_where_none_is_asked_for(ground: Ground) -> None:
@@ -330,6 +345,10 @@ def test_logits_on_the_disk_lead_to_the_same_calibration(
             "targets: expected the store whose targets the temperature is fitted to, got none",
         ),
         ({"prior": "uniform", "targets": "a"}, "targets: expected --temperature targets or --method shift beside it"),
+        ({"prior": "uniform", "slack": -1}, "slack: expected a number of at least 0, got -1"),
+        ({"prior": "uniform", "slack": float("nan")}, "slack: expected a number of at least 0, got nan"),
+        ({"prior": "uniform", "method": "shift", "slack": 1}, "slack: expected a prior and the method match beside it"),
+        ({"temperature": "labels", "slack": 1}, "slack: expected a prior and the method match beside it"),
         ({"prior": "uniform", "batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"prior": "uniform", "readers": 0}, "readers: expected at least 1, got 0"),
         ({"prior": ""}, "prior: expected some text, got none"),
@@ -465,7 +484,7 @@ def backwards() -> nn.Module:
 def test_a_model_that_does_not_tell_its_head_is_calibrated_all_the_same(ground: Ground) -> None:
     spec = "tests.studenttrain.test_calibrate:sequenced"
     student = write_student(ground.folder / "run", ground, student=spec)
-    result = calibrate(config_of(ground, student, prior="uniform"), quiet=True)
+    result = calibrate(config_of(ground, student, prior="uniform", slack=0), quiet=True)
     mass_C = logits_on(Path(result.out), inputs_of(ground)).double().softmax(1).mean(0)
     torch.testing.assert_close(mass_C, torch.full((4,), 0.25, dtype=torch.float64), rtol=2e-4, atol=0)
 

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from storage.errors import StudentError
 from studenttrain import calibration_fit
-from studenttrain.calibration_fit import TOLERANCE, Blocks, fit_temperature, match_biases, mean_mass, shift_biases
+from studenttrain.calibration_fit import (
+    TOLERANCE,
+    Blocks,
+    fit_temperature,
+    match_biases,
+    mean_mass,
+    sampling_slack,
+    shift_biases,
+)
 from studenttrain.calibration_logits import Spool
 
 Array = NDArray[np.float64]
@@ -74,20 +82,56 @@ def test_biases_are_found_again_that_made_the_prior() -> None:
     np.testing.assert_allclose(fit.bias_C, made_C - np.median(made_C), atol=2e-3)
 
 
-def test_sinkhorns_steps_alone_find_what_newtons_do(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("slack", [0.0, 0.5])
+def test_the_surrogates_steps_alone_find_what_newtons_do(slack: float, monkeypatch: pytest.MonkeyPatch) -> None:
     logits_RC, prior_C = random_logits(300, 6, 2.0), random_prior(6)
-    fit = match_biases(blocks_of(logits_RC), prior_C)
+    slack_C = sampling_slack(prior_C, slack, 300)
+    fit = match_biases(blocks_of(logits_RC), prior_C, 1.0, slack_C)
     monkeypatch.setattr(calibration_fit, "MAX_HESSIAN_CLASSES", 5)
-    slow = match_biases(blocks_of(logits_RC), prior_C)
+    slow = match_biases(blocks_of(logits_RC), prior_C, 1.0, slack_C)
     np.testing.assert_allclose(slow.bias_C, fit.bias_C, atol=2e-3)
     assert slow.num_passes > fit.num_passes
 
 
-def test_a_newton_step_that_climbs_is_replaced_by_sinkhorns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newton_step_that_climbs_is_replaced_by_the_surrogates(monkeypatch: pytest.MonkeyPatch) -> None:
     logits_RC, prior_C = random_logits(300, 6, 2.0), random_prior(6)
     expected_C = match_biases(blocks_of(logits_RC), prior_C).bias_C
-    monkeypatch.setattr(calibration_fit, "_newton_step", lambda now, _: np.linspace(-9, 9, len(now.mass_C)))
+    monkeypatch.setattr(calibration_fit, "_newton_step", lambda hessian_CC, *_: np.linspace(-9, 9, len(hessian_CC)))
     np.testing.assert_allclose(match_biases(blocks_of(logits_RC), prior_C).bias_C, expected_C, atol=2e-3)
+
+
+@pytest.mark.parametrize("gap", [0.0, 20.0])
+def test_with_slack_a_class_misses_its_share_by_its_bias_and_three_times_the_slack_at_most(gap: float) -> None:
+    logits_RC = random_logits(500, 6, 5.0) - gap * torch.eye(6)[0]
+    prior_C = random_prior(6)
+    slack_C = sampling_slack(prior_C, 1.0, 500)
+    fit = match_biases(blocks_of(logits_RC), prior_C, 1.0, slack_C)
+    missed_C = prior_C - plain_mass(logits_RC, fit.bias_C)
+    assert fit.error == pytest.approx(abs(missed_C / prior_C).max(), abs=1e-4)
+    offsets = np.linspace(-30, 30, 60001)  # of the constant that the median took off
+    pulls = slack_C * (fit.bias_C + offsets[:, None])
+    pulls /= np.sqrt(1 + ((fit.bias_C + offsets[:, None]) / 3) ** 2)
+    assert abs(pulls - missed_C).max(axis=1).min() < 2e-4
+    assert (abs(missed_C) <= 3 * slack_C + 1e-4).all()
+    assert fit.num_passes < 20
+
+
+def test_slack_keeps_the_noise_of_a_small_sample_out_of_the_biases() -> None:
+    """A sure student that is right, on a sample whose shares are off by chance: there is nothing to mend."""
+    generator = np.random.default_rng(0)
+    hard_N = generator.integers(0, 10, 1000)
+    logits_NC = torch.from_numpy(12 * np.eye(10)[hard_N] + generator.normal(size=(1000, 10)) * 3).float()
+    prior_C = np.full(10, 0.1)
+    exact = match_biases(blocks_of(logits_NC), prior_C)
+    slack = match_biases(blocks_of(logits_NC), prior_C, 1.0, sampling_slack(prior_C, 1.0, 1000))
+    assert abs(slack.bias_C).max() < abs(exact.bias_C).max() / 2
+
+
+def test_the_slack_of_two_samples_is_that_of_their_difference() -> None:
+    prior_C = np.array([0.5, 0.1, 0.4])
+    np.testing.assert_allclose(sampling_slack(prior_C, 2.0, 100), 2 * np.sqrt(prior_C * (1 - prior_C) / 100))
+    np.testing.assert_allclose(sampling_slack(prior_C, 1.0, 100, 300)[0], 0.5 * np.sqrt(1 / 100 + 1 / 300))
+    assert not sampling_slack(prior_C, 0.0, 100).any()
 
 
 def test_a_prior_that_is_not_met_in_time_is_refused() -> None:
