@@ -7,6 +7,7 @@ will meet, though it knows them from soft targets (Hinton, Vinyals and Dean 2015
 """
 
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -55,8 +56,10 @@ def calibrate(config: CalibrationConfig, *, quiet: bool = False) -> CalibrationR
 
     Raises:
         StoreError: the student, the corpus, the prior or the store can't be used, or they don't fit each other.
-        ValueError: an option that the corpus has no use for.
+        ValueError: an option that the corpus has no use for, or several processes.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("calibrate: expected one process, got several of torchrun's; run it without torchrun")
     device, where = choose_device(config.device), f"student '{config.checkpoint}'"
     model, card = load_student(Path(config.checkpoint))
     head = _layer_to_fold_into(model, card, config, where)

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from storage.corpus import default_preprocess, open_corpus
 from storage.encodings import Dense, Encoding, Sample, TopK
-from storage.errors import CorpusError, CorpusMismatchError, MismatchError, PathError, StudentError
+from storage.errors import (
+    CorpusError,
+    CorpusMismatchError,
+    MismatchError,
+    OutOfSpaceError,
+    PathError,
+    StudentError,
+)
 from storage.reader import open_store
 from storage.scan import class_mass
 from studenttrain import calibration_logits
@@ -30,6 +37,7 @@ from studenttrain.models import build_model
 from studenttrain.targets import build_targets
 from studenttrain.train import fit
 from tests.builders import image_bytes, random_pixels, write_image_folder
+from tests.series import write_series
 from tests.studenttrain.runs import NUM_CLASSES, NUM_FEATURES, Ground, make_ground, write_blobs, write_targets
 from tests.studenttrain.sequences import LENGTH, VOCABULARY, hidden_encoding, make_token_ground, open_tokens
 from tests.studenttrain.soft_targets import random_logits, stored
@@ -316,6 +324,41 @@ def test_a_store_of_other_samples_is_refused(ground: Ground) -> None:
     few = write_blobs(ground.folder / "few.npz", 40)
     with pytest.raises(CorpusMismatchError, match="expected 96 samples as in"):
         calibrate(config_of(ground, student, **options | {"data": str(few)}), quiet=True)
+
+
+def test_several_processes_are_refused(refusing: tuple[Ground, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    ground, student = refusing
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="calibrate: expected one process, got several of torchrun's; run it without"):
+        calibrate(config_of(ground, student, prior="uniform"), quiet=True)
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_no_student(
+    refusing: tuple[Ground, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ground, student = refusing
+    monkeypatch.setattr(calibration_logits.Spool.__init__, "__defaults__", (0,))
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Path("/dev/full").open("wb", 0))
+    config = dataclasses.replace(config_of(ground, student, prior="uniform"), out=str(tmp_path / "out"))
+    with pytest.raises(
+        OutOfSpaceError, match="expected room on the disk, got none; free space and run the same command"
+    ):
+        calibrate(config, quiet=True)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_series_is_a_prior_as_one_store(tmp_path: Path) -> None:
+    series = write_series(tmp_path / "series", [40, 24])
+    names = ("series/000000.zarr", "series/000001.zarr")
+    masses = [np.array(class_mass(tmp_path / name).mean) for name in names]
+    mean_C = (40 * masses[0] + 24 * masses[1]) / 64
+    np.testing.assert_allclose(class_mass(series).mean, mean_C, atol=1e-9)
+    ground = Ground(tmp_path, tmp_path / "corpus-0.npz", tmp_path / names[0])
+    student = write_student(tmp_path / "run", ground)
+    result = calibrate(config_of(ground, student, prior=str(series)), quiet=True)
+    np.testing.assert_allclose(result.record["mass"]["prior"], mean_C, atol=1e-6)
+    assert result.record["fit"]["slack"] == 1
+    assert result.record["prior"]["num_members"] == 2
 
 
 @pytest.mark.parametrize("limit", [0, 500])
