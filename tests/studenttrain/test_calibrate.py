@@ -338,7 +338,7 @@ def test_a_disk_that_is_full_is_told_and_leaves_no_student(
 ) -> None:
     ground, student = refusing
     monkeypatch.setattr(calibration_logits.Spool.__init__, "__defaults__", (0,))
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Path("/dev/full").open("wb", 0))
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Path("/dev/full").open("wb", 0))  # noqa: SIM115
     config = dataclasses.replace(config_of(ground, student, prior="uniform"), out=str(tmp_path / "out"))
     with pytest.raises(
         OutOfSpaceError, match="expected room on the disk, got none; free space and run the same command"
