@@ -90,7 +90,7 @@ def _draw_counts(axes: "Axes", lines: Sequence[CountLine]) -> None:
         )
     axes.set_xticks(range(len(shown)), [f"{label}\n{line.num_rows:,}" for label, line in shown], size=8)
     axes.set_xlabel("specialists that have the true class, and rows with so many")
-    axes.set_ylabel("relative change of the accuracy, %, and rows more that are right")
+    axes.set_ylabel("relative change of the accuracy, %,\nand rows more that are right")
     axes.set_title("What the fusion changed", loc="left", size=10, weight="bold")
     axes.margins(y=0.2)
     axes.spines[["top", "right"]].set_visible(False)

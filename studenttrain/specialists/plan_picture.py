@@ -73,7 +73,7 @@ def write_plan_picture(path: str | Path, plan: SpecialistsPlan, covariance_CC: A
     from matplotlib.figure import Figure
 
     order, starts = class_order(plan)
-    overlap = sum(map(len, plan.specialists)) > len(order) - len(plan.uncovered)
+    overlap = _overlaps(plan)
     side = min(14.0, max(6.0, 0.115 * min(len(order), MOST_NAMES)))
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a class name in a script the font lacks
@@ -98,6 +98,17 @@ def class_order(plan: SpecialistsPlan) -> tuple[Array, list[int]]:
         order += [label for label in classes if label not in seen]
         seen.update(classes)
     return np.array(order), starts
+
+
+def _overlaps(plan: SpecialistsPlan) -> bool:
+    return sum(map(len, plan.specialists)) > plan.num_classes - len(plan.uncovered)
+
+
+def caption(plan: SpecialistsPlan) -> str:
+    """What the boxes are, and how many of the last classes are in none."""
+    boxes = "boxes: the classes " + ("that a specialist is the first to have" if _overlaps(plan) else "of a specialist")
+    count = len(plan.uncovered)
+    return boxes + ("; the last one is in none" if count == 1 else f"; the last {count} are in none" if count else "")
 
 
 def _draw_correlation(
@@ -132,10 +143,7 @@ def _draw_correlation(
         size=10,
         weight="bold",
     )
-    if plan.uncovered:
-        axes.set_xlabel(f"boxes: the classes of a specialist; the last {len(plan.uncovered)} are in none")
-    else:
-        axes.set_xlabel("boxes: the classes of a specialist")
+    axes.set_xlabel(caption(plan))
     axes.figure.colorbar(image, ax=axes, shrink=0.5, pad=0.04, label="correlation")
 
 

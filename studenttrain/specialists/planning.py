@@ -117,7 +117,20 @@ def _notes(store: Store, options: ClusterOptions, found: Covariance, clusters: C
     if clusters.num_same:
         notes.append(f"{format_plural(clusters.num_same, 'cluster')} with the classes of another, or with none")
     if clusters.apart:
-        notes.append(f"{_num_classes(len(clusters.apart))} with the same probability in every row: in no specialist")
+        notes += _apart(clusters.apart, found)
+    return notes
+
+
+def _apart(classes: Sequence[int], found: Covariance) -> list[str]:
+    """Why some classes are in no cluster."""
+    num_still = sum(found.covariance_CC[label, label] <= 0 for label in classes)
+    num_alone = len(classes) - num_still
+    notes = []
+    if num_still:
+        notes.append(f"{_num_classes(num_still)} with the same probability in every row: in no specialist")
+    if num_alone:
+        are = "that is" if num_alone == 1 else "that are"
+        notes.append(f"{_num_classes(num_alone)} {are} confused with no other one: in no specialist")
     return notes
 
 

@@ -20,7 +20,7 @@ from studenttrain.checks import store_identity
 from studenttrain.cli import main
 from studenttrain.specialists.clusters import ClusterOptions, find_clusters, tightness
 from studenttrain.specialists.plan import SpecialistsPlan, load_plan, plan_text, write_plan
-from studenttrain.specialists.plan_picture import class_order, ordered_correlation, write_plan_picture
+from studenttrain.specialists.plan_picture import caption, class_order, ordered_correlation, write_plan_picture
 from studenttrain.specialists.planning import plan_from_store
 from tests.storage.scan_stores import manifest_of
 from tests.storage.soft_targets import encode_rows
@@ -41,9 +41,11 @@ def confused_logits(num_rows: int = 600, seed: int = 0) -> Array:
     return found_NC
 
 
-def write_confused(path: Path, encoding: Encoding | None = None, shards: int = 3, **fields: Any) -> Path:
-    """A store of 600 such rows in three shards, so many of them sealed."""
-    logits_NC = confused_logits()
+def write_confused(
+    path: Path, encoding: Encoding | None = None, shards: int = 3, logits_NC: Array | None = None, **fields: Any
+) -> Path:
+    """A store of 600 such rows, or others, in three shards, so many of them sealed."""
+    logits_NC = confused_logits() if logits_NC is None else logits_NC
     options: dict[str, Any] = {"num_rows": 600, "num_classes": 12, "shard_rows": 200, "chunk_rows": 100}
     options |= {"temperatures": (1.0,), "class_names": NAMES, "has_hard_targets": False}
     manifest = manifest_of(encoding=encoding, **(options | fields))
@@ -288,6 +290,26 @@ def test_draws_are_said_to_be_biased(tmp_path: Path) -> None:
     path = write_confused(tmp_path / "a.zarr", Sample(40))
     result = run_plan("--targets", path, "--num-specialists", 4, "--out", tmp_path / "p.json")
     assert "an entry of the covariance is off by up to 0.00016" in result.stderr
+
+
+def test_a_class_that_is_confused_with_none_is_not_said_to_be_the_same_in_every_row(tmp_path: Path) -> None:
+    logits_NC = confused_logits()
+    logits_NC[:, 6] = np.where(np.arange(600) % 10 == 0, 30, -30)  # sure of it in some rows, of others in the rest
+    words = ("--num-specialists", 4, "--out", tmp_path / "plan.json", "--targets")
+    result = run_plan(*words, write_confused(tmp_path / "a.zarr", logits_NC=logits_NC))
+    assert "note: 1 class that is confused with no other one: in no specialist" in result.stderr
+    logits_NC[:, 6] = -200
+    result = run_plan(*words, write_confused(tmp_path / "b.zarr", logits_NC=logits_NC), "--force")
+    assert "note: 1 class with the same probability in every row: in no specialist" in result.stderr
+
+
+def test_a_picture_says_what_its_boxes_are() -> None:
+    overlapping = a_plan(specialists=((0, 5, 9), (1, 2, 5)))
+    assert caption(a_plan()) == "boxes: the classes of a specialist; the last 7 are in none"
+    assert caption(overlapping) == "boxes: the classes that a specialist is the first to have; the last 7 are in none"
+    rest = tuple(label for label in range(12) if label not in (0, 5, 9))
+    assert caption(a_plan(specialists=((0, 5, 9), rest))) == "boxes: the classes of a specialist"
+    assert caption(a_plan(specialists=((0, 5), rest))) == "boxes: the classes of a specialist; the last one is in none"
 
 
 def test_a_picture_of_partition_and_of_overlapping_classes_is_drawn(store: Path, tmp_path: Path) -> None:
