@@ -16,6 +16,7 @@ FORMAT_NAME = "logit-store"
 FORMAT_VERSION = (1, 1)  # that is read; each store is of the lowest version that has all that it keeps
 OPTIONAL_FIELDS = ("sequences", "lineage")  # of later minor versions: left out of the JSON where they are None
 COMBINED = "combined"  # in `extra`: how far the store of an ensemble may be from what its members say together
+FUSED = "fused"  # the kind of a teacher that is a generalist and its specialists
 FIRST_ROW = "first_row"  # in `corpus`, where the rows are only some of its samples
 PER_POSITION = {"per": "position"}  # beside a sequence store's encoding: what makes a reader of 1.0 refuse it
 COMPRESSION, TIGHT = "compression", "max"  # in the provenance of a store that was packed tightly

@@ -4,7 +4,7 @@ Legend: N rows, P positions, R flat rows (N, or N P), C classes.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from storage.corpus.defaults import check_preprocess
 from storage.encodings import Hidden, encoding_from_json
 from storage.errors import CorpusMismatchError, MismatchError, NotSealedError
 from storage.head import head_digest
-from storage.manifest import Manifest
+from storage.manifest import FUSED, Manifest
 from storage.reader import Store, open_one_store
 from storage.scan.members import bounds_of
 from storage.sequences import flatten_positions
@@ -97,6 +97,7 @@ def audit(path: str | Path, config: DumpConfig, options: AuditOptions, bar: Pass
         ValueError: an option is out of range, or would be ignored.
     """
     with open_one_store(path) as store:
+        _refuse_fused(store)
         _refuse_bounds(store)
         rows_N = choose_rows(store, options)
         corpus, preprocess = _open_corpus(store, config, rows_N)
@@ -124,6 +125,19 @@ def audit(path: str | Path, config: DumpConfig, options: AuditOptions, bar: Pass
                 if bar is not None:
                     bar.advance(len(part_N))
         return tally.result(_reasons(store, identity, tally.held), tuple(_notes(store, corpus, config.precision)))
+
+
+def _refuse_fused(store: Store) -> None:
+    """Refuse a store of a generalist with its specialists, or combined with one: no teacher says its numbers."""
+    teacher = store.manifest.teacher
+    members = teacher.get("members")
+    parts = members if isinstance(members, list | tuple) else []
+    if FUSED in [teacher.get("kind"), *(part.get("kind") for part in parts if isinstance(part, Mapping))]:
+        raise MismatchError(
+            f"{store.path}: expected a store of what its teachers said, got one whose teacher is a fused one, a "
+            "generalist with its specialists; audit the generalist's store, which its lineage names, with the "
+            "generalist"
+        )
 
 
 def _refuse_bounds(store: Store) -> None:

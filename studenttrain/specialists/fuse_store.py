@@ -24,7 +24,7 @@ from storage.encodings import Dense, Encoding, TopK
 from storage.encodings.values import ValueType
 from storage.errors import MismatchError
 from storage.exclusive import sole_run
-from storage.manifest import Manifest
+from storage.manifest import FUSED, Manifest
 from storage.reader import Store, open_one_store
 from storage.records import canonical
 from storage.scan import check_target
@@ -40,7 +40,6 @@ from studenttrain.specialists.fuse_options import FuseOptions, FuseResult
 from studenttrain.specialists.fused import FusedClassifier, load_folder
 from studenttrain.specialists.generalist import batches_of, check_generalist_store, stored_logprobs
 
-FUSED = "fused"  # the kind of a teacher that is a generalist and its specialists
 Progress = Callable[[int], None]
 
 

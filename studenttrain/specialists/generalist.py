@@ -13,9 +13,9 @@ from storage.arrays import Arrays
 from storage.corpus import Batch, Corpus, check_digests
 from storage.encodings import Dense, Hidden
 from storage.errors import MismatchError, StudentError
-from storage.manifest import Manifest
+from storage.manifest import FUSED, Manifest
 from storage.reader import Store
-from studenttrain.checks import check_class_names
+from studenttrain.checks import check_class_names, weights_digest
 from studenttrain.specialists.plan import SpecialistsPlan
 from studenttrain.specialists.specialist import Specialist
 
@@ -44,11 +44,26 @@ def check_generalist_store(store: Store, plan: SpecialistsPlan, specialists: lis
             f"{manifest.encoding.name}: a specialist's classes are not all in it; dump the generalist again with "
             "--encoding dense"
         )
+    _refuse_fused_with(manifest, specialists, where)
     if dict(manifest.preprocess) != dict(specialists[0].card.preprocess):
         raise MismatchError(
             f"{where}: expected the preprocessing of the store that the specialists learned from, got another; give a "
             "store of the same generalist"
         )
+
+
+def _refuse_fused_with(manifest: Manifest, specialists: list[Specialist], where: str) -> None:
+    """Refuse a store that these very specialists have a say in already: they would count twice."""
+    members = manifest.teacher.get("members")
+    if manifest.teacher.get("kind") != FUSED or not isinstance(members, list | tuple):
+        return
+    there = {member.get("digest") for member in members if isinstance(member, Mapping)}
+    for number, specialist in enumerate(specialists):
+        if weights_digest(specialist.model.state_dict()) in there:
+            raise MismatchError(
+                f"{where}: expected what the generalist alone said, got one that specialist {number} was fused into "
+                "already; give the generalist's store"
+            )
 
 
 def stored_logprobs(manifest: Manifest, arrays: Arrays, head: Any) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ from storage.reader import Store, open_store
 from storage.scan import verify
 from studenttrain.cli import main
 from studenttrain.evaluate import read_ahead
-from studenttrain.export import CARD
+from studenttrain.export import CARD, WEIGHTS, save_weights
 from studenttrain.specialists.evaluation import TryOptions, try_specialists
 from studenttrain.specialists.fuse_options import FuseOptions
 from studenttrain.specialists.fuse_store import fuse_store
@@ -31,12 +31,14 @@ from studenttrain.specialists.fused_picture import together, write_fused_picture
 from studenttrain.specialists.fused_text import evaluated_text, fused_text
 from studenttrain.specialists.fusion import FusedResult, fuse
 from studenttrain.specialists.generalist import check_generalist_store, stored_logprobs
+from studenttrain.specialists.head import cut_head
 from studenttrain.specialists.specialist import load_specialists, phase_folder
 from studenttrain.train import fit
 from tests.studenttrain.runs import NUM_CLASSES, NUM_FEATURES, Ground, write_targets
 from tests.studenttrain.sequences import make_token_ground
 from tests.studenttrain.specialists_ground import (
     CLASSES,
+    SHAPE,
     build_generalist,
     generalist_ground,
     write_generalist,
@@ -461,6 +463,19 @@ def test_a_store_that_is_none_of_this_fusion_is_left_alone(ground: Ground) -> No
         fuse_store(fused(ground, Path(ground.targets).name))
     with open_store(other) as store:
         assert store.manifest.teacher["kind"] == "weights"
+
+
+def test_specialists_that_were_fused_in_already_are_refused(ground: Ground) -> None:
+    path = fuse_store(fused(ground)).path
+    for options in (fused(ground, "again.zarr", targets=path), tried(ground, targets=path)):
+        with pytest.raises(MismatchError, match="got one that specialist 0 was fused into already; give the general"):
+            _do(options)
+    write_specialists(ground.folder / "next", ground, shift=0.1)
+    for number in range(2):  # of a second round
+        at = phase_folder(ground.folder / "next", number, "hard")
+        save_weights(at / WEIGHTS, cut_head(build_generalist(20 + number), CLASSES[number], SHAPE, "test").eval())
+    again = fuse_store(fused(ground, "again.zarr", targets=path, specialists=str(ground.folder / "next")))
+    assert again.num_active
 
 
 def test_a_store_that_is_not_finalized_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,18 @@ def test_what_has_nothing_to_do_with_the_store_is_refused(classes: Dumped, seque
         classes.audit(path, models=(str(tmp_path / "seven.pt"),))
     with open_store(sequences.dump(encoding="topk", k=9)) as store:
         assert config_for(store.manifest, out="x", **sequences.options).sequence_length == 16
+
+
+@pytest.mark.parametrize("teacher", [{"kind": "fused"}, {"kind": "ensemble", "members": [{"kind": "fused"}]}])
+def test_a_store_of_a_fused_teacher_is_refused_for_what_it_is(
+    classes: Dumped, tmp_path: Path, teacher: dict[str, Any]
+) -> None:
+    with open_store(classes.dump(encoding="dense")) as store:
+        manifest = replace(store.manifest, teacher={**store.manifest.teacher, **teacher})
+    path = tmp_path / "fused.zarr"
+    StoreWriter.open(path, manifest).close()
+    with pytest.raises(MismatchError, match=r"got one whose teacher is a fused one, .*; audit the generalist's store"):
+        classes.audit(path)
 
 
 def test_a_teacher_of_other_classes_is_refused(classes: Dumped, tmp_path: Path) -> None:
