@@ -108,7 +108,8 @@ def _state(figures: Mapping[str, Any]) -> str:
         return "finalized" if figures["complete"] else "finalized at a part of its rows"
     if figures["complete"]:
         return "all rows sealed, not finalized yet"
-    return "not finished: the same teacherdump run goes on with it"
+    command = "command" if figures["lineage"] else "teacherdump run"  # of rows that were taken from other stores
+    return f"not finished: the same {command} goes on with it"
 
 
 def _state_of_series(figures: Mapping[str, Any]) -> str:

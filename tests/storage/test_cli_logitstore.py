@@ -79,6 +79,9 @@ def test_info_of_an_unfinalized_store_counts_what_is_sealed(tmp_path: Path) -> N
     text = run("info", path).stdout
     assert "not finished: the same teacherdump run goes on with it" in text
     assert "8 of 22 sealed, 1 of them without targets" in text
+    origin = {"content_digest": "ab" * 32, "encoding": {"name": "dense", "values": "float16"}, "temperatures": [1.0]}
+    made = write_store(tmp_path / "b.zarr", manifest_of(lineage=(origin,)), shards=1, finalize=False)
+    assert "not finished: the same command goes on with it" in run("info", made).stdout
 
 
 def test_info_reads_well(store: Path) -> None:
