@@ -93,7 +93,7 @@ def fit_specialists(config: SpecialistsConfig, quiet: bool = False) -> Specialis
     out, say = Path(config.out), _say(quiet)
     is_begun = _check_folder(out, plan)
     owed = [number for number in numbers if not is_done(config, number)]
-    told = look_once(config, plan, owed[0], quiet) if owed else None
+    told = look_once(config, plan, owed, quiet) if owed else None
     if not is_begun:
         with clear_os_errors(out):
             make_folder(out)
@@ -154,20 +154,21 @@ def is_done(config: SpecialistsConfig, number: int) -> bool:
     return True
 
 
-def look_once(config: SpecialistsConfig, plan: SpecialistsPlan, number: int, quiet: bool) -> Any:
+def look_once(config: SpecialistsConfig, plan: SpecialistsPlan, numbers: Sequence[int], quiet: bool) -> Any:
     """Hold the corpus against the store, once for all specialists; the class of each row, and what told it.
 
     Args:
         config: of all.
         plan: of all.
-        number: of a specialist that is built, to see that its model can be.
+        numbers: of the specialists that are trained: what none could be made of is refused before the first. The first
+            is built, to see that its model can be.
         quiet: print nothing but warnings.
 
     Raises:
         StoreError: something does not fit.
         ValueError: the phase `hard` without hard targets.
     """
-    first, last = (config.run(number, phase) for phase in (config.phases[0], config.phases[-1]))
+    first, last = (config.run(numbers[0], phase) for phase in (config.phases[0], config.phases[-1]))
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(open_targets(config.targets, first.cache_settings))
         prepared = prepare(last if config.soft_epochs is not None else replace(last, alpha=None), store, stack)
@@ -177,10 +178,15 @@ def look_once(config: SpecialistsConfig, plan: SpecialistsPlan, number: int, qui
                 f"epochs, steps: expected hard targets for them, got none in '{config.targets}' or '{config.data}'; "
                 "give --soft-epochs alone, or hard targets: --labels"
             )
-        specialty = Specialty(number, plan.specialists[number], config.own_share, classes_of_rows(rows))
-        specialty.build(first, specialty.narrow(prepared, first.seed), begins=True)
+        told = classes_of_rows(rows)
+        for number in numbers:
+            specialty = Specialty(number, plan.specialists[number], config.own_share, told)
+            specialty.check_init(first)
+            narrowed = specialty.narrow(prepared, first.seed)
+            if number == numbers[0]:
+                specialty.build(first, narrowed, begins=True)
         look_at_data(prepared, quiet)
-        return classes_of_rows(rows)
+        return told
 
 
 def check_plan(plan: SpecialistsPlan, store: Store, path: str) -> None:

@@ -109,17 +109,27 @@ class Specialty:
             StoreError: it can't be built, or the weights are not its own.
         """
         shape = prepared.preprocess.shape
-        card = card_beside(config.init)
-        if config.init is not None and card is not None and card.specialist is not None:
-            found = (tuple(card.specialist["classes"]), card.student)
-            if found != (self.classes, config.student):
-                raise StudentError(
-                    f"--init: expected a generalist's weights, or those of this specialist, got specialist "
-                    f"{card.specialist['number']} in '{config.init}'; give the generalist's"
-                )
+        if self.check_init(config):
+            assert config.init is not None
             return load_student(Path(config.init))[0].train()
         student = build_student(config, prepared.store, shape, begins)
         return cut_head(student, self.classes, shape, f"student '{config.student}'")
+
+    def check_init(self, config: FitConfig) -> bool:
+        """Whether the weights to begin with are this very specialist's.
+
+        Raises:
+            StudentError: they are another specialist's.
+        """
+        card = card_beside(config.init)
+        if card is None or card.specialist is None:
+            return False
+        if (tuple(card.specialist["classes"]), card.student) != (self.classes, config.student):
+            raise StudentError(
+                f"--init: expected a generalist's weights, or those of specialist {self.number}, got specialist "
+                f"{card.specialist['number']} in '{config.init}'; give the generalist's"
+            )
+        return True
 
 
 def card_beside(init: str | None) -> StudentCard | None:

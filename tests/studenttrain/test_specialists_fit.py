@@ -597,8 +597,24 @@ def test_weights_of_another_specialist_are_refused_to_begin_with(ground: Ground)
     config = config_of(ground, epochs=1, specialists=(0,))
     fit_specialists(config, quiet=True)
     init = str(phase_folder(Path(config.out), 0, "hard"))
-    with pytest.raises(StudentError, match="--init: expected a generalist's weights, or those of this specialist, got"):
+    with pytest.raises(StudentError, match="--init: expected a generalist's weights, or those of specialist 1, got"):
         fit_specialists(config_of(ground, "others", specialists=(1,), training={"init": init}), quiet=True)
+
+
+def test_what_a_later_specialist_can_t_be_made_of_is_refused_before_the_first(ground: Ground) -> None:
+    config = config_of(ground, epochs=1, specialists=(0,))
+    fit_specialists(config, quiet=True)
+    init = str(phase_folder(Path(config.out), 0, "hard"))
+    later = config_of(ground, "later", training={"init": init})
+    with pytest.raises(StudentError, match="or those of specialist 1, got specialist 0"):
+        fit_specialists(later, quiet=True)
+    assert not Path(later.out).exists()
+    val = write_blobs(ground.folder / "val.npz", 64, seed=5)
+    np.savez(val, x=np.load(val)["x"], y=np.zeros(64, np.int64))
+    later = config_of(ground, "later", training={"val_data": str(val)})
+    with pytest.raises(CorpusError, match="expected rows of classes 1, 3 to validate specialist 1 on, got none"):
+        fit_specialists(later, quiet=True)
+    assert not Path(later.out).exists()
 
 
 def test_a_validation_without_a_row_of_the_classes_is_refused(ground: Ground) -> None:
