@@ -18,6 +18,12 @@ NETWORK = "benchmarks.paper.cifar.network:make"
 PHASES = ("hard", "soft")
 TRIED = ("held", "seen", "test")
 NUM_SUPERCLASSES = 20
+# What a student learns: a store, and how its targets count.
+STUDENTS: Mapping[str, tuple[str, tuple[object, ...]]] = {
+    "fused": ("fused.zarr", ("--alpha", 1, "--temperature", 1)),
+    "generalist": ("transfer.zarr", ("--alpha", 1, "--temperature", 1)),
+    "hard": ("transfer.zarr", ("--alpha", 0)),
+}
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ def run_all(settings: Settings, pictures: Path) -> dict[str, Any]:
     figures["clusters"] = find_clusters(steps, settings)
     shutil.copyfile(run / "clusters.png", pictures / "paper-cifar-clusters.png")
     figures["phases"] = train_specialists(steps, settings)
+    figures["dustbin"] = look_at_dustbins(steps, settings)
     figures["students"] = train_students(steps, settings)
     figures["settings"] = {name: value for name, value in asdict(settings).items() if name not in ("cifar", "run")}
     return figures | {"time": steps.times()}
@@ -197,6 +204,22 @@ def train_specialists(steps: Steps, settings: Settings) -> dict[str, Any]:
     return figures
 
 
+def look_at_dustbins(steps: Steps, settings: Settings) -> dict[str, Any]:
+    """What the fusion is with dustbins that are corrected by more or less, on held-out and test rows."""
+    return {
+        phase: {
+            name: json.loads(
+                steps.call(
+                    f"dustbin-{phase}-{name}", "-m", "benchmarks.paper.cifar.dustbin", "--run", settings.run,
+                    "--data", corpus(settings, name), "--targets", settings.run / f"{name}.zarr", "--phase", phase,
+                )
+            )
+            for name in ("held", "test")
+        }
+        for phase in PHASES
+    }  # fmt: skip
+
+
 def train_students(steps: Steps, settings: Settings) -> dict[str, Any]:
     """Test accuracy of students from what all say together, from the generalist alone, and from hard targets.
 
@@ -209,27 +232,23 @@ def train_students(steps: Steps, settings: Settings) -> dict[str, Any]:
         "--targets", run / "transfer.zarr", "--data", corpus(settings, "transfer"), "--out", run / "fused.zarr",
         "--readers", settings.threads, "--quiet",
     )  # fmt: skip
-    soft = ("--alpha", 1, "--temperature", 1)
-    kinds = {
-        "fused": ("fused.zarr", soft),
-        "generalist": ("transfer.zarr", soft),
-        "hard": ("transfer.zarr", ("--alpha", 0)),
-    }
-    found: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for seed in range(settings.seeds):
-        for kind, (store, target) in kinds.items():
-            name, out = f"{kind}-seed{seed}", run / "students" / f"{kind}-seed{seed}"
-            steps.call(
-                f"fit-{name}", "studenttrain", "fit", "--targets", run / store, "--data", corpus(settings, "transfer"),
-                "--student", NETWORK, "--init", run / "generalist.safetensors", "--out", out, *target, "--seed", seed,
-                "--epochs", settings.student_epochs, "--lr", settings.student_lr, *settings.sgd, "--quiet",
-            )  # fmt: skip
-            tried = steps.call(
-                f"eval-{name}", "studenttrain", "eval", "--checkpoint", out, "--data", corpus(settings, "test"),
-                "--json", "--readers", settings.threads,
-            )  # fmt: skip
-            found[kind].append(json.loads(tried)["top1"])
-    return found
+    return {kind: [try_student(steps, settings, kind, seed) for seed in range(settings.seeds)] for kind in STUDENTS}
+
+
+def try_student(steps: Steps, settings: Settings, kind: str, seed: int) -> float:
+    """Test accuracy of one student of a kind of `STUDENTS`."""
+    store, target = STUDENTS[kind]
+    name, out = f"{kind}-seed{seed}", settings.run / "students" / f"{kind}-seed{seed}"
+    steps.call(
+        f"fit-{name}", "studenttrain", "fit", "--targets", settings.run / store, "--data", corpus(settings, "transfer"),
+        "--student", NETWORK, "--init", settings.run / "generalist.safetensors", "--out", out, *target, "--seed", seed,
+        "--epochs", settings.student_epochs, "--lr", settings.student_lr, *settings.sgd, "--quiet",
+    )  # fmt: skip
+    tried = steps.call(
+        f"eval-{name}", "studenttrain", "eval", "--checkpoint", out, "--data", corpus(settings, "test"),
+        "--json", "--readers", settings.threads,
+    )  # fmt: skip
+    return float(json.loads(tried)["top1"])
 
 
 def own_accuracy(evaluated: Mapping[str, Any], which: str) -> float:

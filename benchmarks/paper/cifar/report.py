@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.cifar.experiment import PHASES, own_accuracy
-from benchmarks.paper.table import PAGE, put_into, share_closed, spread
+from benchmarks.paper.table import PAGE, put_into, spread
 from benchmarks.result import RESULTS
 
 BEGIN, END = "<!-- specialists: python -m benchmarks.paper.cifar.report -->", "<!-- end of the specialists -->"
@@ -21,7 +21,7 @@ NUM_SHOWN = 20
 
 def tables(figures: Mapping[str, Any]) -> str:
     """All tables of the experiment as Markdown."""
-    parts = (summary, by_covering, overfitting, students, clusters)
+    parts = (clusters, summary, by_covering, dustbins, overfitting, students)
     return "\n".join(part(figures) for part in parts)
 
 
@@ -69,21 +69,39 @@ def overfitting(figures: Mapping[str, Any]) -> str:
     return table(head, rows)
 
 
+def dustbins(figures: Mapping[str, Any]) -> str:
+    """What the fusion is worth with dustbins moved as the held-out rows would have it, and how sure they are."""
+    rows = []
+    for phase in PHASES:
+        held, test = (figures["dustbin"][phase][name] for name in ("held", "test"))
+        best = max(held["moved"], key=lambda by: (held["moved"][by]["top1"], -abs(float(by))))
+        tops = [_percent(tried["moved"][by]["top1"]) for by in ("0", best) for tried in (held, test)]
+        sure = [_percent(test["dustbin"][name]) for name in ("true", "generalist", "specialists")]
+        rows.append(
+            ("hard targets" if phase == "hard" else "then soft", *tops[:2], f"{float(best):+g}", *tops[2:], *sure)
+        )
+    head = [
+        "fused, %", "held out", "test", "moved by", "held out", "test", "in the dustbin, %", "says the generalist",
+        "say the specialists",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
 def students(figures: Mapping[str, Any]) -> str:
     """What one student keeps of the whole."""
     whole = figures["phases"]["soft"]["test"]
     generalist, fused = whole["generalist"]["top1"], whole["fused"]["top1"]
-    found = figures["students"]
     names = {
-        "fused": "from generalist and specialists together", "generalist": "from the generalist's targets",
-        "hard": "from hard targets",
+        "fused": "from all together", "generalist": "from the generalist's targets", "hard": "from hard targets",
     }  # fmt: skip
-    rows = [("no student: the generalist", _percent(generalist), ""), ("no student: all together", _percent(fused), "")]
-    for kind, name in names.items():
-        mean = statistics.mean(found[kind])
-        kept = share_closed(generalist, mean, fused) if fused != generalist else 0.0
-        rows.append((f"student {name}", spread([100 * value for value in found[kind]], 2), f"{100 * kept:.0f} %"))
-    return table(["test accuracy in %", "", "of the gain"], rows)
+    rows = [("the generalist", f"{100 * generalist:.2f}", ""), ("all together", *_against([fused], generalist))]
+    rows += [(f"student {name}", *_against(figures["students"][kind], generalist)) for kind, name in names.items()]
+    return table(["test accuracy, %", "", "against the generalist"], rows)
+
+
+def _against(values: Sequence[float], generalist: float) -> tuple[str, str]:
+    """Accuracies in %, and how many points their mean is above another one."""
+    return spread([100 * value for value in values], 2), f"{100 * (statistics.mean(values) - generalist):+.2f}"
 
 
 def clusters(figures: Mapping[str, Any]) -> str:
