@@ -87,7 +87,7 @@ def main() -> None:
             print(f"epoch {epoch + 1}: loss {loss.item():.4f}, {errors} test errors", flush=True)
     torch.save(model.state_dict(), args.out)
     resume.unlink(missing_ok=True)
-    norms = [float(weights.norm(dim=1).median()) for weights in model.parameters() if weights.dim() > 1]
+    norms = [float(weights.detach().norm(dim=1).median()) for weights in model.parameters() if weights.dim() > 1]
     figures = {"num_errors": count_errors(model, test_images, test_classes), "epochs": args.epochs}
     print(json.dumps(figures | {"median_norms": [round(norm, 3) for norm in norms]}), flush=True)
 
