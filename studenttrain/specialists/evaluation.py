@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.arrays import STATUS_OK
-from storage.console import progress
+from storage.console import format_count, progress
 from storage.corpus import Batch, Corpus, Preprocess, verify_hard_targets
 from storage.corpus.parquet_columns import Columns
 from storage.errors import MismatchError
@@ -118,6 +119,12 @@ def try_specialists(options: TryOptions, *, quiet: bool = False) -> FusedFigures
         corpus, hard_targets = _open_corpus(options, plan, store)
         preprocess = Preprocess.from_json(specialists[0].card.preprocess)
         check_student_input(preprocess, corpus, "--data")
+        if store is not None and store.num_sealed_rows < store.manifest.num_rows and not quiet:
+            click.echo(
+                f"{store.path}: {format_count(store.num_sealed_rows)} of {format_count(store.manifest.num_rows)} rows are "
+                "sealed; these are tried",
+                err=True,
+            )
         with progress(corpus.num_samples, "samples", "evaluating", quiet=quiet) as bar:
             return _count(classifier, corpus, hard_targets, preprocess, store, options, bar.advance)
 

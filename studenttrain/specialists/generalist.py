@@ -24,7 +24,8 @@ def check_generalist_store(store: Store, plan: SpecialistsPlan, specialists: lis
     """Refuse a store that can't speak for the generalist of some specialists.
 
     Raises:
-        MismatchError: it does not tell the probability of each class, or is of other classes or another preprocessing.
+        MismatchError: it does not tell the probability of each class, or is of other classes, another preprocessing or
+            another teacher.
         StudentError: it is of sequences.
     """
     manifest, where = store.manifest, f"store '{store.path}'"
@@ -45,6 +46,7 @@ def check_generalist_store(store: Store, plan: SpecialistsPlan, specialists: lis
             "--encoding dense"
         )
     _refuse_fused_with(manifest, specialists, where)
+    _refuse_another_teacher(manifest, specialists, where)
     if dict(manifest.preprocess) != dict(specialists[0].card.preprocess):
         raise MismatchError(
             f"{where}: expected the preprocessing of the store that the specialists learned from, got another; give a "
@@ -52,12 +54,31 @@ def check_generalist_store(store: Store, plan: SpecialistsPlan, specialists: lis
         )
 
 
-def _refuse_fused_with(manifest: Manifest, specialists: list[Specialist], where: str) -> None:
-    """Refuse a store that these very specialists have a say in already: they would count twice."""
+def _members_of(manifest: Manifest) -> set[Any]:
+    """Digests of what was fused into a store, the generalist among them; none where nothing was."""
     members = manifest.teacher.get("members")
     if manifest.teacher.get("kind") != FUSED or not isinstance(members, list | tuple):
+        return set()
+    return {member.get("digest") for member in members if isinstance(member, Mapping)}
+
+
+def _refuse_another_teacher(manifest: Manifest, specialists: list[Specialist], where: str) -> None:
+    """Refuse a store of another teacher than the one whose store the specialists learned from."""
+    there = {manifest.teacher.get("digest"), *_members_of(manifest)}
+    for number, specialist in enumerate(specialists):
+        known = (specialist.card.specialist or {}).get("generalist")
+        if known is not None and known not in there:
+            raise MismatchError(
+                f"{where}: expected what the generalist of specialist {number} said, got another teacher's; dump this "
+                "corpus with the generalist that made the specialists' store"
+            )
+
+
+def _refuse_fused_with(manifest: Manifest, specialists: list[Specialist], where: str) -> None:
+    """Refuse a store that these very specialists have a say in already: they would count twice."""
+    there = _members_of(manifest)
+    if not there:
         return
-    there = {member.get("digest") for member in members if isinstance(member, Mapping)}
     for number, specialist in enumerate(specialists):
         if weights_digest(specialist.model.state_dict()) in there:
             raise MismatchError(

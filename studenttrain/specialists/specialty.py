@@ -68,6 +68,7 @@ class Specialty:
             "own_share": self.own_share,
             "rows": asdict(selection.counts),
             "dustbin_shift": own.dustbin_shift,
+            "generalist": store.manifest.teacher.get("digest"),
         }
         return replace(
             prepared,

@@ -334,6 +334,21 @@ def test_stores_that_can_t_speak_for_the_generalist_are_refused(ground: Ground) 
         try_specialists(tried(ground), quiet=True)
 
 
+def test_a_store_of_another_teacher_is_refused(ground: Ground) -> None:
+    with open_store(ground.targets) as store:
+        teacher = store.manifest.teacher["digest"]
+    for number in range(2):
+        place = phase_folder(ground.folder / "specialists", number, "hard") / CARD
+        value = json.loads(place.read_text())
+        value["specialist"]["generalist"] = teacher if number == 0 else "f" * 64
+        place.write_text(json.dumps(value))
+    for options in (tried(ground), fused(ground)):
+        with pytest.raises(
+            MismatchError, match=r"expected what the generalist of specialist 1 said, got another teach"
+        ):
+            _do(options)
+
+
 def test_hidden_states_say_what_their_head_makes_of_them(ground: Ground) -> None:
     generator = np.random.default_rng(0)
     head = HeadArrays(generator.normal(size=(NUM_CLASSES, 3)).astype(np.float32), None)
@@ -485,11 +500,12 @@ def test_a_store_that_is_not_finalized_is_refused(tmp_path: Path) -> None:
         fuse_store(fused(ground))
 
 
-def test_a_store_of_a_part_of_the_shards_is_fused_at_these(tmp_path: Path) -> None:
+def test_a_store_of_a_part_of_the_shards_is_fused_at_these(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ground = generalist_ground(tmp_path, build_generalist(), shards=(0, 2))
     write_specialists(tmp_path / "specialists", ground)
     assert fuse_store(fused(ground)).num_rows == 32
-    assert try_specialists(tried(ground), quiet=True).fused.num_samples == 32
+    assert try_specialists(tried(ground)).fused.num_samples == 32
+    assert "32 of 96 rows are sealed; these are tried" in capsys.readouterr().err
 
 
 def test_options_of_another_encoding_are_refused(ground: Ground) -> None:

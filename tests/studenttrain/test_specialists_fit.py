@@ -366,6 +366,9 @@ def test_a_corrected_specialist_has_the_probabilities_of_the_whole_population(
     fit_specialists(config, quiet=True)
     (specialist,) = load_specialists(config.out)
     assert specialist.dustbin_shift > 0.9  # 180 own rows, 77 of 220 others
+    assert specialist.card.specialist is not None
+    with open_store(ground.targets) as store:
+        assert specialist.card.specialist["generalist"] == store.manifest.teacher["digest"]
     with torch.no_grad():
         found = specialist.logprobs(torch.from_numpy(inputs)).exp().numpy()
         raw = specialist.model(torch.from_numpy(inputs)).softmax(1).numpy()
