@@ -120,11 +120,8 @@ def try_specialists(options: TryOptions, *, quiet: bool = False) -> FusedFigures
         preprocess = Preprocess.from_json(specialists[0].card.preprocess)
         check_student_input(preprocess, corpus, "--data")
         if store is not None and store.num_sealed_rows < store.manifest.num_rows and not quiet:
-            click.echo(
-                f"{store.path}: {format_count(store.num_sealed_rows)} of {format_count(store.manifest.num_rows)} rows are "
-                "sealed; these are tried",
-                err=True,
-            )
+            sealed, planned = format_count(store.num_sealed_rows), format_count(store.manifest.num_rows)
+            click.echo(f"{store.path}: {sealed} of {planned} rows are sealed; these are tried", err=True)
         with progress(corpus.num_samples, "samples", "evaluating", quiet=quiet) as bar:
             return _count(classifier, corpus, hard_targets, preprocess, store, options, bar.advance)
 
