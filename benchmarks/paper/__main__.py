@@ -37,8 +37,10 @@ def run_all(lab: Lab, pictures: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run what is not there yet, and write the table."""
-    figures = run_all(lab_of(__doc__), RESULTS)
-    write_result("paper", figures)
+    lab = lab_of(__doc__)
+    figures = run_all(lab, RESULTS)
+    path = write_result("paper", figures)
+    path.write_text(lab.steps.said(path.read_text()))  # where things lay is nobody else's business
     table = table_of(figures)
     write_into(PAGE, table)
     print(table)

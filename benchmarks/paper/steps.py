@@ -66,9 +66,9 @@ class Steps:
             ValueError: the step was done by another command.
             CalledProcessError: the command failed.
         """
-        said = self._said(shlex.join(str(word) for word in words))
+        said = self.said(shlex.join(str(word) for word in words))
         step = self._load(name)
-        if step is not None and self._said(step.command) != said:
+        if step is not None and self.said(step.command) != said:
             raise ValueError(
                 f"step '{name}': expected the command that it was done by, {step.command}, got {said}; "
                 "give another folder, or the same options"
@@ -122,7 +122,8 @@ class Steps:
                     return process.returncode, used.ru_utime + used.ru_stime
                 time.sleep(0.02)
 
-    def _said(self, text: str) -> str:
+    def said(self, text: str) -> str:
+        """A text with the folders by their names."""
         for name, place in sorted(self.places.items(), key=lambda item: -len(str(item[1]))):
             text = text.replace(str(place), name)
         return text
