@@ -16,8 +16,8 @@ from PIL import Image
 
 from benchmarks.paper.cifar import report, train_generalist
 from benchmarks.paper.cifar.corpora import rows_per_class, split_cifar, write_transfer
+from benchmarks.paper.cifar.dustbin import change, moved
 from benchmarks.paper.cifar.dustbin import dustbin as dustbin_figures
-from benchmarks.paper.cifar.dustbin import moved
 from benchmarks.paper.cifar.experiment import own_accuracy
 from benchmarks.paper.cifar.images import MEAN, NUM_PADDED, STD, crop_and_flip, normalise, pad, read_images
 from benchmarks.paper.cifar.network import make
@@ -294,3 +294,14 @@ def test_dustbins_are_counted_over_the_rows_of_active_specialists() -> None:
     found = dustbin_figures([(0,)], said, generalist_NC, ~said[0][:, :1].isnan(), torch.tensor([0, 2, 0]))
     assert (found["true"], found["specialists"], found["generalist"]) == (0.5, 0.25, 0.4)
     assert found["nll_specialists"] == pytest.approx(-(math.log(0.9) + math.log(0.4)) / 2, abs=1e-4)
+
+
+def test_a_change_counts_what_became_right_and_what_became_wrong() -> None:
+    before_NC = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.5, 0.5]]).double().log()
+    after_NC = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7], [0.1, 0.9]]).double().log()
+    found = change(before_NC, after_NC, torch.tensor([0, 1, 0, 1]))
+    assert (found["gained"], found["lost"]) == (2, 0)
+    falls = [0, math.log(3), 0, math.log(1.8)]
+    assert found["nll_fall"] == pytest.approx(sum(falls) / 4, abs=1e-4)
+    assert found["nll_standard_error"] == pytest.approx(np.std(falls, ddof=1) / 2, abs=1e-4)
+    assert change(after_NC, before_NC, torch.tensor([0, 1, 0, 1]))["lost"] == 2

@@ -9,7 +9,7 @@ with the same command. Writes `benchmarks/results/paper_cifar.json` and pictures
 Source: Hinton, Vinyals and Dean 2015 (arXiv:1503.02531), section 5 and 6.
 """
 
-from benchmarks.paper.cifar.experiment import run_all, settings_of
+from benchmarks.paper.cifar.experiment import run_all, settings_of, steps_of
 from benchmarks.paper.cifar.report import draw, tables, write_into
 from benchmarks.paper.table import PAGE
 from benchmarks.result import RESULTS, write_result
@@ -17,8 +17,10 @@ from benchmarks.result import RESULTS, write_result
 
 def main() -> None:
     """Run what is not there yet, and write the tables."""
-    figures = run_all(settings_of(__doc__), RESULTS)
-    write_result("paper_cifar", figures)
+    settings = settings_of(__doc__)
+    figures = run_all(settings, RESULTS)
+    path = write_result("paper_cifar", figures)
+    path.write_text(steps_of(settings).said(path.read_text()))  # where things lay is nobody else's business
     draw(figures, RESULTS / "paper-cifar.png")
     text = tables(figures)
     write_into(PAGE, text)

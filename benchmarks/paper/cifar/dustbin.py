@@ -11,6 +11,7 @@ Legend: N rows, C classes, K a specialist's classes and its dustbin.
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,25 @@ def measure(classifier: FusedClassifier, parts: list[Fused], hard_targets_N: Ten
         moved_said = [(own, moved(said_NK, by)) for own, said_NK in zip(classes, said, strict=True)]
         fused_NC = fuse(generalist_NC, moved_said, active_NM).logprobs_NC
         figures["moved"][f"{by:g}"] = _figures(fused_NC, hard_targets_N)
+    fused_NC = torch.cat([part.logprobs_NC for part in parts])
+    figures["change"] = change(generalist_NC, fused_NC, hard_targets_N)
     figures["dustbin"] = dustbin(classes, said, generalist_NC, active_NM, hard_targets_N)
     return figures
+
+
+def change(before_NC: Tensor, after_NC: Tensor, hard_targets_N: Tensor) -> dict[str, float]:
+    """Rows that became right and wrong, and by how much the NLL fell, with the standard error of each difference."""
+    was_right_N, is_right_N = (found.argmax(1) == hard_targets_N for found in (before_NC, after_NC))
+    gained, lost = int((is_right_N & ~was_right_N).sum()), int((was_right_N & ~is_right_N).sum())
+    rows = torch.arange(len(hard_targets_N))
+    fall_N = after_NC[rows, hard_targets_N] - before_NC[rows, hard_targets_N]
+    return {
+        "gained": gained,
+        "lost": lost,
+        "standard_error": round(math.sqrt(gained + lost), 1),
+        "nll_fall": round(fall_N.mean().item(), 4),
+        "nll_standard_error": round(fall_N.std().item() / math.sqrt(len(rows)), 4),
+    }
 
 
 def dustbin(

@@ -97,7 +97,7 @@ def run_all(settings: Settings, pictures: Path) -> dict[str, Any]:
         settings: of the run.
         pictures: folder that a picture of the clusters goes to.
     """
-    run, steps = settings.run, Steps(settings.run / "steps", settings.threads, _places(settings))
+    run, steps = settings.run, steps_of(settings)
     trained = steps.call(
         "generalist", "-m", "benchmarks.paper.cifar.train_generalist", "--cifar", settings.cifar,
         "--out", run / "generalist.safetensors", "--epochs", settings.generalist_epochs, "--threads", settings.threads,
@@ -119,8 +119,9 @@ def run_all(settings: Settings, pictures: Path) -> dict[str, Any]:
     return figures | {"time": steps.times()}
 
 
-def _places(settings: Settings) -> dict[str, Path]:
-    return {"RUN": settings.run, "CIFAR": settings.cifar}
+def steps_of(settings: Settings) -> Steps:
+    """The record of what was done in the run's folder."""
+    return Steps(settings.run / "steps", settings.threads, {"RUN": settings.run, "CIFAR": settings.cifar})
 
 
 def corpus(settings: Settings, name: str) -> Path:
