@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from storage.arrays import ArraySpec
-from storage.layout import Layout
+from storage.layout import MAX_SHARDS, Layout
 
 CHUNK_BYTES = 512 << 10  # of the widest array: what a reader takes at a time
 CHUNK_ROWS = (16, 4096)
@@ -46,7 +46,8 @@ def choose_layout(
         most = min(MAX_SHARD_ROWS, SHARD_BYTES // sum(spec.row_bytes for spec in arrays))
         wanted = max(SMALL_SHARD_ROWS / num_positions, num_rows / MIN_SHARDS)
         num_chunks = min(most // chunk_rows, round(wanted / chunk_rows))
-        shard_rows = chunk_rows * max(1, num_chunks)
+        least = -(-num_rows // (chunk_rows * MAX_SHARDS))  # large shards of a huge corpus rather than none
+        shard_rows = chunk_rows * max(1, num_chunks, least)
     return Layout(num_rows, shard_rows, chunk_rows)
 
 

@@ -1,12 +1,12 @@
 """The arithmetic of a dump: layout, batches, limits."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from storage.arrays import ArraySpec, common_arrays
 from storage.encodings import Dense, TopK
-from storage.layout import Layout
+from storage.layout import MAX_SHARDS, Layout
 from teacherdump.plan import (
     CHUNK_BYTES,
     MAX_SHARD_ROWS,
@@ -25,6 +25,8 @@ def arrays_of(num_classes: int, k: int | None = None) -> tuple[ArraySpec, ...]:
 
 
 @given(num_rows=st.integers(1, 10**9), num_classes=st.integers(1, 200_000))
+@example(num_rows=838_860_801, num_classes=41_105)
+@example(num_rows=10**9, num_classes=200_000)
 def test_any_layout_is_valid_and_within_its_bounds(num_rows: int, num_classes: int) -> None:
     arrays = arrays_of(num_classes)
     layout = choose_layout(num_rows, arrays)
@@ -32,7 +34,8 @@ def test_any_layout_is_valid_and_within_its_bounds(num_rows: int, num_classes: i
     assert 16 <= layout.chunk_rows <= 4096
     assert layout.chunk_rows <= layout.shard_rows <= MAX_SHARD_ROWS
     row_bytes = sum(spec.row_bytes for spec in arrays)
-    assert layout.shard_rows * row_bytes <= max(SHARD_BYTES, 16 * row_bytes)
+    least_rows = -(-num_rows // MAX_SHARDS)  # of shards that are as many as a store may have
+    assert layout.shard_rows * row_bytes <= max(SHARD_BYTES, 16 * row_bytes, (least_rows + 16) * row_bytes)
     assert layout.chunk_rows == 16 or layout.chunk_rows * num_classes * 2 <= CHUNK_BYTES
 
 
