@@ -6,6 +6,8 @@ Whoever has the hidden states and the head can compute logits in chunks, and nev
 this by having two methods, `hidden` and `output_head`; nothing has to be inherited.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -116,3 +118,16 @@ def head_difference(model: HasHead, *inputs: Tensor) -> float:
         found = model.output_head().logits(model.hidden(*inputs))
         expected: Any = model(*inputs) if callable(model) else None
     return float("inf") if found.shape != expected.shape else relative_difference(found, expected)
+
+
+@contextlib.contextmanager
+def trying(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode, and leave its modes and the random numbers alone."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

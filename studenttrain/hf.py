@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from storage.errors import StudentError
-from studenttrain.heads import Head, relative_difference
+from studenttrain.heads import Head, relative_difference, trying
 from studenttrain.hf_files import HfFiles, find_hf_files
 from studenttrain.language import keeps_documents_apart, say_documents_leak
 
@@ -58,16 +58,12 @@ class HfCausalLM(nn.Module):
         )
         self._taken, self._taken_below = _arguments(model), _arguments(model.base_model)
         self.packing: Packing | None = None
-        modes = [(module, module.training) for module in self.modules()]
-        with _quiet(where), torch.random.fork_rng(devices=[]), torch.no_grad():
-            self.eval()
+        with _quiet(where), trying(self):
             tokens = torch.randint(config.vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
             tokens = tokens.to(next(self.parameters()).device)
             self.num_classes: int = self(tokens).shape[2]
             self._head_values = self._find_head_values(tokens)
             self.packing = self._find_packing()
-        for module, training in modes:
-            module.training = training
         self.has_head = self._head_values is not None
 
     def forward(self, token_ids: Tensor, position_ids: Tensor | None = None, hidden_only: bool = False) -> Tensor:

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from storage.errors import StudentError
 from studenttrain.gpt import GPT
-from studenttrain.heads import Head, find_head, head_difference
+from studenttrain.heads import Head, find_head, head_difference, trying
 from studenttrain.hf import check_context, load_hf
 from studenttrain.language import NoLogitsError, sequence_logits
 
@@ -396,7 +396,7 @@ def _find(spec: str, module_name: str, attribute: str) -> Callable[..., Any]:
 
 def _check_output(spec: str, model: nn.Module, num_classes: int | None, input_shape: Sequence[int]) -> None:
     """Try the model on one input of zeros: its output must be logits (1, C)."""
-    with _trying(model), _errors_of(spec, f"an input of shape {tuple(input_shape)}"):
+    with trying(model), _errors_of(spec, f"an input of shape {tuple(input_shape)}"):
         inputs = torch.zeros(1, *input_shape, device=_device_of(model))
         logits = model(inputs)
     wanted = f"logits of shape (N, {'C' if num_classes is None else num_classes}) for inputs of shape (N, "
@@ -412,7 +412,7 @@ def _check_output(spec: str, model: nn.Module, num_classes: int | None, input_sh
 def _check_sequence_output(spec: str, model: nn.Module, num_classes: int | None, num_positions: int) -> None:
     """Try the model on one sequence of token 0: its output must be logits (1, P, V), with V the classes or more."""
     wanted = f"logits of shape (N, {num_positions}, {num_classes or 'C'}) for int64 token ids (N, {num_positions})"
-    with _trying(model), _errors_of(spec, f"int64 token ids of shape (N, {num_positions})"):
+    with trying(model), _errors_of(spec, f"int64 token ids of shape (N, {num_positions})"):
         token_ids = torch.zeros(1, num_positions, dtype=torch.int64, device=_device_of(model))
         try:
             logits = sequence_logits(model, token_ids, torch.arange(num_positions, device=token_ids.device)[None])
@@ -426,7 +426,7 @@ def _check_sequence_output(spec: str, model: nn.Module, num_classes: int | None,
 
 def _check_head(spec: str, model: nn.Module, inputs: Tensor) -> None:
     """Refuse a model whose head on its hidden states does not say what the model does."""
-    with _trying(model), _errors_of(spec, "what hidden() and output_head() need"):
+    with trying(model), _errors_of(spec, "what hidden() and output_head() need"):
         found = find_head(model)
         difference = 0.0 if found is None else head_difference(found, inputs)
     if difference > MAX_HEAD_DIFFERENCE:
@@ -436,19 +436,6 @@ def _check_head(spec: str, model: nn.Module, inputs: Tensor) -> None:
             f"others, by {difference:.2g} of the largest",
             "mend them, or name them otherwise",
         )
-
-
-@contextlib.contextmanager
-def _trying(model: nn.Module) -> Iterator[None]:
-    """Run a model in evaluation mode, and leave its modes and the random numbers alone."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _device_of(model: nn.Module) -> torch.device:

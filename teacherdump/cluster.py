@@ -6,6 +6,7 @@ The driver needs no device and never holds the teacher. Where a run stands is in
 is kept in the scheduler, so that driver, scheduler and workers may die at any moment.
 """
 
+import contextlib
 import os
 import uuid
 from collections.abc import Callable, Iterable
@@ -102,19 +103,18 @@ def tried(team: Team, source: Source, spec: TeacherSpec) -> TeacherAnswer:
     """
     num_samples = source.corpus.num_samples
     last = max(0, num_samples - NUM_PROBE_ROWS)
-    starts = sorted({0, last // 2, last})
-    for start in starts:
+
+    def tried_from(start: int) -> TeacherAnswer:
         part = source.corpus.part(start, min(start + NUM_PROBE_ROWS, num_samples))
-        try:
-            answer: TeacherAnswer = team.ask(
-                try_teacher_on, spec, teacher_question(source, np.empty(0)), part, source.preprocess
-            )
-        except WorkerDiedError:
-            if start == starts[-1]:
-                raise
-        else:
-            return answer
-    raise AssertionError("unreachable")
+        answer: TeacherAnswer = team.ask(
+            try_teacher_on, spec, teacher_question(source, np.empty(0)), part, source.preprocess
+        )
+        return answer
+
+    for start in sorted({0, last // 2} - {last}):
+        with contextlib.suppress(WorkerDiedError):
+            return tried_from(start)
+    return tried_from(last)
 
 
 def absolute(path: str) -> str:

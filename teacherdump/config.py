@@ -10,6 +10,7 @@ from storage.corpus.sequences import SequenceOptions
 from storage.encodings import Dense, Encoding, Hidden, Sample, TopK
 from storage.encodings.values import ValueType
 from storage.manifest import Compressor
+from storage.options import ascending_temperatures
 from storage.urls import check_local
 
 Combine = Literal["mean-probs", "mean-logits"]
@@ -176,9 +177,7 @@ class DumpConfig:
         self._check_retry()
         self._check_cluster()
         given = self.temperatures or self._default_temperatures()
-        object.__setattr__(self, "temperatures", tuple(sorted({float(value) for value in given})))
-        if any(not 0 < value < math.inf for value in self.temperatures):
-            raise ValueError(f"temperatures: expected numbers above 0, got {list(self.temperatures)}")
+        object.__setattr__(self, "temperatures", ascending_temperatures(given))
         encoding = self.build_encoding(Hidden(1))
         if isinstance(encoding, Sample):
             encoding.check(1, self.temperatures)

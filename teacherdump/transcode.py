@@ -19,6 +19,7 @@ from storage.encodings.values import ValueType
 from storage.errors import MismatchError, NotSealedError
 from storage.exclusive import sole_run
 from storage.manifest import Compressor, Manifest, store_arrays
+from storage.options import ascending_temperatures, check_choice
 from storage.reader import Store, open_one_store
 from storage.scan import check_target
 from storage.scan.passes import Progress
@@ -70,13 +71,8 @@ class TranscodeOptions:
 
     def __post_init__(self) -> None:
         for name, allowed in (("encoding", ENCODINGS), ("values", FINENESS), ("compressor", get_args(Compressor))):
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                raise ValueError(f"{name}: expected {' or '.join(allowed)}, got {value!r}")
-        given = tuple(sorted({float(value) for value in self.temperatures}))
-        if any(not 0 < value < float("inf") for value in given):
-            raise ValueError(f"temperatures: expected numbers above 0, got {list(given)}")
-        object.__setattr__(self, "temperatures", given)
+            check_choice(name, getattr(self, name), allowed)
+        object.__setattr__(self, "temperatures", ascending_temperatures(self.temperatures))
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """What all experiments on MNIST share: where things lie, the one store, and students trained and tried by commands."""
 
-import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from benchmarks.paper.arguments import settings_from
 from benchmarks.paper.idx import TEST_IMAGES, TRAIN_IMAGES
 from benchmarks.paper.steps import Steps
 
@@ -209,15 +209,7 @@ def lab_of(doc: str | None, arguments: Sequence[str] | None = None) -> Lab:
         doc: of the script, shown by `--help`.
         arguments: instead of the command's own.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Settings):
-        name = f"--{field.name.replace('_', '-')}"
-        if field.name in ("mnist", "run"):
-            parser.add_argument(name, type=Path, required=True)
-        else:
-            assert isinstance(field.default, int | str)
-            parser.add_argument(name, type=type(field.default), default=field.default, help=f"[{field.default}]")
-    return Lab(Settings(**vars(parser.parse_args(arguments))))
+    return Lab(settings_from(Settings, doc, arguments))
 
 
 def show(figures: dict[str, Any]) -> None:

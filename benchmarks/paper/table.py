@@ -58,12 +58,15 @@ def share_closed(worse: float, ours: float, better: float) -> float:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table as Markdown, a line for each row."""
-    lines = ["| | the paper | ours | aim | met |", "| --- | --- | --- | --- | --- |"]
-    for row in rows:
-        met = "" if row.met is None else "yes" if row.met else "**no**"
-        cells = (row.what, row.paper, row.ours, row.aim, met)
-        lines.append("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|")
-    return "\n".join(lines) + "\n"
+    met = {None: "", True: "yes", False: "**no**"}
+    cells = [(row.what, row.paper, row.ours, row.aim, met[row.met]) for row in rows]
+    return markdown_table(["", "the paper", "ours", "aim", "met"], cells)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines) + "\n"
 
 
 def put_into(text: str, table: str, begin_mark: str = BEGIN, end_mark: str = END) -> str:

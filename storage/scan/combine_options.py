@@ -9,6 +9,7 @@ from storage.encodings.sample import MAX_DRAWS
 from storage.encodings.values import ValueType
 from storage.errors import MismatchError
 from storage.manifest import Compressor
+from storage.options import ascending_temperatures, check_choice
 from storage.scan.ensemble import Combine
 from storage.scan.members import Member
 
@@ -40,17 +41,12 @@ class CombineOptions:
 
     def __post_init__(self) -> None:
         for name, allowed in (("combine", get_args(Combine)), ("values", FINENESS), ("compressor", ("none", "zstd"))):
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                raise ValueError(f"{name}: expected {' or '.join(allowed)}, got {value!r}")
+            check_choice(name, getattr(self, name), allowed)
         if self.k is not None and self.k < 1:
             raise ValueError(f"k: expected at least 1, got {self.k}")
         if self.tolerance is not None and not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance: expected a probability from 0 to below 1, got {self.tolerance}")
-        given = tuple(sorted({float(value) for value in self.temperatures}))
-        if any(not 0 < value < float("inf") for value in given):
-            raise ValueError(f"temperatures: expected numbers above 0, got {list(given)}")
-        object.__setattr__(self, "temperatures", given)
+        object.__setattr__(self, "temperatures", ascending_temperatures(self.temperatures))
 
 
 def choose_encoding(members: Sequence[Member], options: CombineOptions) -> tuple[Encoding, tuple[float, ...]]:

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from storage.encodings.values import ValueType
 from storage.manifest import Compressor
+from storage.options import ascending_temperatures, check_choice
 from studenttrain.config import check_not_empty
 from studenttrain.evaluate import DEFAULT_BATCH_SIZE
 from studenttrain.specialists.fusion import DEFAULT_TOLERANCE
@@ -66,9 +67,7 @@ class FuseOptions:
             ("values", get_args(ValueType)),
             ("compressor", get_args(Compressor)),
         ):
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                raise ValueError(f"{name}: expected {' or '.join(allowed)}, got {value!r}")
+            check_choice(name, getattr(self, name), allowed)
         if self.encoding == "topk" and self.k is None:
             raise ValueError("k: expected how many entries topk keeps, got none; give --k N")
         if self.encoding == "dense" and self.k is not None:
@@ -76,10 +75,7 @@ class FuseOptions:
         for name, number in (("batch_size", self.batch_size), ("readers", self.readers), ("k", self.k)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
-        given = tuple(sorted({float(value) for value in self.temperatures}))
-        if any(not 0 < value < float("inf") for value in given):
-            raise ValueError(f"temperatures: expected numbers above 0, got {list(given)}")
-        object.__setattr__(self, "temperatures", given)
+        object.__setattr__(self, "temperatures", ascending_temperatures(self.temperatures))
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ Legend: C classes, W hidden width.
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from storage.errors import StudentError
-from studenttrain.heads import find_head
+from studenttrain.heads import find_head, relative_difference, trying
 
 MAX_DIFFERENCE = 1e-3  # of the own classes' logits before and after, over the largest
 
@@ -34,13 +34,13 @@ def cut_head(model: nn.Module, classes: Sequence[int], input_shape: Sequence[int
         StudentError: it has no linear layer whose rows are the classes.
     """
     inputs = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
-    with _trying(model):
+    with trying(model):
         before_NC: Tensor = model(inputs)
     num_classes = before_NC.shape[1]
     expected_NK = before_NC[:, list(classes)]
     for name, layer in reversed(_last_layers(model, num_classes)):
         changed = _with_layer(model, name, _cut(layer, classes))
-        with contextlib.suppress(RuntimeError), _trying(changed):
+        with contextlib.suppress(RuntimeError), trying(changed):
             if _says(changed(inputs), expected_NK):
                 return changed
         _with_layer(model, name, layer)
@@ -90,18 +90,4 @@ def _says(logits: Any, expected_NK: Tensor) -> bool:
     """Whether logits are of one class more, and of the own ones as expected."""
     if not isinstance(logits, Tensor) or logits.shape != (len(expected_NK), expected_NK.shape[1] + 1):
         return False
-    largest = expected_NK.abs().max().clamp(min=1e-30)
-    return bool((logits[:, :-1] - expected_NK).abs().max() <= MAX_DIFFERENCE * largest)
-
-
-@contextlib.contextmanager
-def _trying(model: nn.Module) -> Iterator[None]:
-    """Run a model in evaluation mode, and leave its modes and the random numbers alone."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    return relative_difference(logits[:, :-1], expected_NK) <= MAX_DIFFERENCE

@@ -1,15 +1,15 @@
 """The specialists' experiment by the real commands: one generalist, dumped once; everything else from its store."""
 
-import argparse
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.paper.arguments import settings_from
 from benchmarks.paper.cifar.images import MEAN, STD
 from benchmarks.paper.cifar.superclasses import agreement, superclasses
 from benchmarks.paper.steps import Steps
@@ -80,14 +80,7 @@ def settings_of(doc: str | None, arguments: Sequence[str] | None = None) -> Sett
         doc: of the script, shown by `--help`.
         arguments: instead of the command's own.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Settings):
-        name = f"--{field.name.replace('_', '-')}"
-        if field.name in ("cifar", "run"):
-            parser.add_argument(name, type=Path, required=True)
-        else:
-            parser.add_argument(name, type=type(field.default), default=field.default, help=f"[{field.default}]")
-    return Settings(**vars(parser.parse_args(arguments)))
+    return settings_from(Settings, doc, arguments)
 
 
 def run_all(settings: Settings, pictures: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.cifar.experiment import PHASES, own_accuracy
-from benchmarks.paper.table import PAGE, put_into, spread
+from benchmarks.paper.table import PAGE, markdown_table, put_into, spread
 from benchmarks.result import RESULTS
 
 BEGIN, END = "<!-- specialists: python -m benchmarks.paper.cifar.report -->", "<!-- end of the specialists -->"
@@ -39,7 +39,7 @@ def summary(figures: Mapping[str, Any]) -> str:
         ours = f"{_percent(tried['fused']['top1'])} ({change:+.1f} %)"
         rows.append((name, *paper, ours, own_accuracy(tried, "own_after")))
     head = ["test accuracy in %", "paper, all", "paper, own classes", "ours, all", "ours, own classes"]
-    return table(head, [(*row[:4], _percent(row[4])) for row in rows])
+    return markdown_table(head, [(*row[:4], _percent(row[4])) for row in rows])
 
 
 def by_covering(figures: Mapping[str, Any]) -> str:
@@ -53,7 +53,7 @@ def by_covering(figures: Mapping[str, Any]) -> str:
         shown = "" if paper is None else f"{paper:+.1f} %"
         rows.append((str(hard["num_specialists"]), f"{hard['num_known']:,}", accuracy, *changes, shown))
     head = ["specialists with the class", "test rows", "generalist right, %", "hard", "then soft", "paper"]
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def overfitting(figures: Mapping[str, Any]) -> str:
@@ -66,7 +66,7 @@ def overfitting(figures: Mapping[str, Any]) -> str:
     ):  # fmt: skip
         found = [own_accuracy(figures["phases"][phase][corpus], which) for corpus in named]
         rows.append((name, *map(_percent, found), _percent(found[0] - found[2])))
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def dustbins(figures: Mapping[str, Any]) -> str:
@@ -84,7 +84,7 @@ def dustbins(figures: Mapping[str, Any]) -> str:
         "fused, %", "held out", "test", "moved by", "held out", "test", "in the dustbin, %", "says the generalist",
         "say the specialists",
     ]  # fmt: skip
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def students(figures: Mapping[str, Any]) -> str:
@@ -96,7 +96,7 @@ def students(figures: Mapping[str, Any]) -> str:
     }  # fmt: skip
     rows = [("the generalist", f"{100 * generalist:.2f}", ""), ("all together", *_against([fused], generalist))]
     rows += [(f"student {name}", *_against(figures["students"][kind], generalist)) for kind, name in names.items()]
-    return table(["test accuracy, %", "", "against the generalist"], rows)
+    return markdown_table(["test accuracy, %", "", "against the generalist"], rows)
 
 
 def _against(values: Sequence[float], generalist: float) -> tuple[str, str]:
@@ -119,19 +119,13 @@ def clusters(figures: Mapping[str, Any]) -> str:
     head = ["", "pairs of one superclass", "by chance (p5-p95)"]
     sets = figures["clusters"]["correlation"]["classes"]
     listed = [f"- {', '.join(name.replace('_', ' ') for name in classes)}" for classes in sets[:NUM_SHOWN]]
-    return table(head, rows) + "\n" + "\n".join(listed) + "\n"
+    return markdown_table(head, rows) + "\n" + "\n".join(listed) + "\n"
 
 
 def relative_change(tried: Mapping[str, Any]) -> float:
     """Change of the accuracy by the specialists, in % of what it was."""
     before, after = tried["generalist"]["top1"], tried["fused"]["top1"]
     return float(100 * (after - before) / before)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines) + "\n"
 
 
 def _percent(share: float) -> str:
