@@ -12,6 +12,7 @@ TRAIN_IMAGES = "train-images-idx3-ubyte.gz"
 TRAIN_CLASSES = "train-labels-idx1-ubyte.gz"
 TEST_IMAGES = "t10k-images-idx3-ubyte.gz"
 TEST_CLASSES = "t10k-labels-idx1-ubyte.gz"
+FILES = (TRAIN_IMAGES, TRAIN_CLASSES, TEST_IMAGES, TEST_CLASSES)
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.arguments import settings_from
-from benchmarks.paper.idx import TEST_IMAGES, TRAIN_IMAGES
+from benchmarks.paper.idx import FILES, TEST_IMAGES, TRAIN_IMAGES
 from benchmarks.paper.steps import Steps
 
 TEACHER = "mlp:784-1200-1200-10"
@@ -209,7 +209,7 @@ def lab_of(doc: str | None, arguments: Sequence[str] | None = None) -> Lab:
         doc: of the script, shown by `--help`.
         arguments: instead of the command's own.
     """
-    return Lab(settings_from(Settings, doc, arguments))
+    return Lab(settings_from(Settings, doc, arguments, {"mnist": FILES}))
 
 
 def show(figures: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import click.testing
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.paper import ensemble, few, omitted, sizes, students, teacher, temperature
+from benchmarks.paper.cifar.experiment import settings_of
 from benchmarks.paper.idx import jitter, read_idx, write_idx, write_part
 from benchmarks.paper.lab import Lab, Settings, lab_of
 from benchmarks.paper.steps import Steps
@@ -195,5 +197,17 @@ def test_students_are_trained_and_tried_by_the_real_commands(lab: Lab) -> None:
 
 
 def test_an_option_of_each_setting_is_taken(tmp_path: Path) -> None:
-    found = lab_of("", ["--mnist", "m", "--run", str(tmp_path), "--large-epochs", "3", "--precision", "fp32"]).settings
-    assert found == Settings(Path("m"), tmp_path, large_epochs=3, precision="fp32")
+    write_mnist(tmp_path, 10)
+    words = ["--mnist", str(tmp_path), "--run", str(tmp_path / "run"), "--large-epochs", "3", "--precision", "fp32"]
+    assert lab_of("", words).settings == Settings(tmp_path, tmp_path / "run", large_epochs=3, precision="fp32")
+
+
+@pytest.mark.parametrize("start", [lab_of, settings_of])
+def test_a_folder_without_the_data_is_refused_in_one_line(
+    start: Callable[[str, list[str]], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option = "--mnist" if start is lab_of else "--cifar"
+    with pytest.raises(SystemExit, match="2"):
+        start("", [option, str(tmp_path / "nowhere"), "--run", str(tmp_path / "run")])
+    assert f"{option}: expected train-" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()

@@ -80,7 +80,7 @@ def settings_of(doc: str | None, arguments: Sequence[str] | None = None) -> Sett
         doc: of the script, shown by `--help`.
         arguments: instead of the command's own.
     """
-    return settings_from(Settings, doc, arguments)
+    return settings_from(Settings, doc, arguments, {"cifar": ("train-0.parquet", "test-0.parquet")})
 
 
 def run_all(settings: Settings, pictures: Path) -> dict[str, Any]:
