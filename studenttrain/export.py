@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,6 +138,10 @@ def save_weights(path: Path, model: nn.Module) -> None:
         try:
             save_model(model, str(partial))
             data = partial.read_bytes()
+        except SafetensorError as error:  # its words for what the system says
+            if (code := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
         finally:
             partial.unlink(missing_ok=True)
     write_durably(path, lambda file: file.write(data))

@@ -138,6 +138,29 @@ def test_a_disk_that_is_full_at_the_program_or_a_checkpoint_does_not_end_the_pro
     assert {path.name for path in tmp_path.iterdir()} == {"student.json"}
 
 
+FULL_FOR_WEIGHTS = """
+import resource, sys
+from pathlib import Path
+from torch import nn
+from storage.errors import OutOfSpaceError
+from studenttrain.export import save_weights
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    save_weights(Path(sys.argv[1]) / "student.safetensors", nn.Linear(40, 40))
+except OutOfSpaceError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_disk_that_is_full_at_the_weights_is_said_in_one_line(tmp_path: Path) -> None:
+    code = [sys.executable, "-c", FULL_FOR_WEIGHTS, str(tmp_path)]
+    done = subprocess.run(code, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "student.safetensors: expected room on the disk, got none" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_missing_or_damaged_or_foreign_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StudentError, match="expected a file, got nothing there"):
         load_student(tmp_path)
