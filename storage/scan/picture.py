@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from storage.backends.files import clear_os_errors, replace_file
 from storage.console import format_count
 from storage.errors import PathError
 from storage.scan.figures import Stats, class_label
@@ -65,11 +66,30 @@ def write_picture(stats: Stats, path: str | Path) -> None:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a class name in a script the font lacks
         figure = _draw(stats)
         if path.suffix.lower() == ".png":
-            figure.savefig(path, dpi=150, facecolor="white")
+            save_png(figure, path, dpi=150)
             return
         drawing = io.StringIO()
         figure.savefig(drawing, format="svg", metadata={"Date": None})
-    path.write_text(_page(stats, drawing.getvalue()), encoding="utf-8")
+    with clear_os_errors(path):
+        replace_file(path, _page(stats, drawing.getvalue()).encode())
+
+
+def save_png(figure: "Figure", path: Path, dpi: int) -> None:
+    """Write a figure on white; what was there stays until the new one is whole.
+
+    Args:
+        figure: of matplotlib.
+        path: where to.
+        dpi: dots an inch.
+
+    Raises:
+        OutOfSpaceError: there is no room.
+        PathError: the path can't be written.
+    """
+    drawing = io.BytesIO()
+    figure.savefig(drawing, format="png", dpi=dpi, facecolor="white")
+    with clear_os_errors(path):
+        replace_file(path, drawing.getvalue())
 
 
 def check_picture_path(path: Path) -> None:

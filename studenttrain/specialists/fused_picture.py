@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storage.errors import StudentError
+from storage.scan.picture import save_png
 from studenttrain.specialists.fused_figures import CountLine, FusedFigures, SpecialistLine
 from studenttrain.specialists.fused_text import names_of
 from studenttrain.specialists.plan_picture import GREY, INK, STYLE, check_plan_picture
@@ -56,7 +57,7 @@ def write_fused_picture(path: str | Path, figures: FusedFigures, class_names: tu
             ha="left",
             weight="bold",
         )
-        figure.savefig(path, dpi=130, facecolor="white")
+        save_png(figure, path, dpi=130)
 
 
 def together(lines: Sequence[CountLine]) -> list[tuple[str, CountLine]]:

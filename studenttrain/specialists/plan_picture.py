@@ -14,6 +14,7 @@ import numpy as np
 from storage.arrays import Array
 from storage.console import format_count, format_plural
 from storage.errors import PathError
+from storage.scan.picture import save_png
 from storage.urls import check_local
 from studenttrain.specialists.plan import SpecialistsPlan
 
@@ -82,7 +83,7 @@ def write_plan_picture(path: str | Path, plan: SpecialistsPlan, covariance_CC: A
         _draw_correlation(axes[0, 0], plan, covariance_CC, order, starts)
         if overlap:
             _draw_members(axes[1, 0], plan, order)
-        figure.savefig(path, dpi=130, facecolor="white")
+        save_png(figure, Path(path), dpi=130)
 
 
 def class_order(plan: SpecialistsPlan) -> tuple[Array, list[int]]:

@@ -1,5 +1,6 @@
 """`stats`: its figures are those that a plain count gives, and its picture can be looked at."""
 
+import errno
 import importlib.util
 import json
 import math
@@ -11,7 +12,7 @@ import pytest
 from storage.arrays import STATUS_UNDECODABLE, Array
 from storage.encodings import Dense, Encoding, Hidden, Sample, TopK
 from storage.encodings.sample import systematic_counts, uniforms
-from storage.errors import DamageError, NotSealedError, PathError
+from storage.errors import DamageError, NotSealedError, OutOfSpaceError, PathError
 from storage.manifest import Manifest
 from storage.records import QuarantineEntry
 from storage.scan import Stats, statistics, stats, write_picture
@@ -295,3 +296,19 @@ def test_a_picture_that_cannot_be_written_is_refused(
         PathError, match=r"expected matplotlib to draw it, got none; install it: pip install 'logitstore"
     ):
         write_picture(figures, tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".html"])
+def test_a_disk_without_room_for_a_picture_is_said_and_keeps_the_old_one(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures, path = stats(write_store(tmp_path / "a.zarr", manifest_of())), tmp_path / f"a{suffix}"
+    path.write_bytes(b"the old one")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("storage.backends.files._write_durably", full)
+    with pytest.raises(OutOfSpaceError, match=rf"a{suffix}: expected room on the disk, got none; free space"):
+        write_picture(figures, path)
+    assert path.read_bytes() == b"the old one"
